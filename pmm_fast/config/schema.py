@@ -1,0 +1,155 @@
+"""The configuration of a run, as dataclasses: the one list of every option, its default and its meaning.
+
+Defaults are those of the released recipe where it defines one (``docs/design.md`` lists the exceptions).  A preset
+(``presets/*.yaml``) overrides defaults, the command line overrides the preset.  Each field's ``help`` is what
+``--help`` prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with a default and the sentence that ``--help`` shows."""
+    if isinstance(default, list | dict) or callable(default):
+        factory = default if callable(default) else lambda: type(default)(default)
+        return field(default_factory=factory, metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DomainConfig:
+    """One labelled image folder.  ``{split}`` in a path is replaced by ``train`` or ``val``."""
+
+    root: str = option("", "folder of the domain, absolute or below data.root")
+    images: str = option("images", "folder of the images below root")
+    labels: str = option("labels", "folder of the labels below root")
+    list_file: str | None = option(
+        None, "text file naming one image a line (path below `images`, with or without suffix); default: every image"
+    )
+    image_suffix: str = option("", "what an image's stem carries beyond the shared name, e.g. _leftImg8bit")
+    label_suffix: str = option("", "what a label's stem carries beyond the shared name, e.g. _gtFine_labelTrainIds")
+    label_format: Literal["ids", "colours"] = option(
+        "ids", "ids: one 8-bit channel of train ids; colours: RGB or palette PNG in the label space's colours"
+    )
+    label_space: str = option("", "label space of the files; default: data.label_space")
+
+
+@dataclass
+class DataConfig:
+    """Where images come from and how training crops are made (augmentation: released code, `docs/design.md`)."""
+
+    root: str = option("", "folder below which relative domain folders lie")
+    label_space: str = option("cityscapes19", "classes to learn: cityscapes19, idd_lite7, ...")
+    sources: list[str] = option(
+        ["streets/noon", "streets/suburb", "streets/overcast"],
+        "domains to train on: names from data.domains, streets/NAME (generated), or a folder with images/ and labels/",
+    )
+    unseen: list[str] = option(["streets/night", "streets/fog"], "domains never trained on, for evaluation only")
+    domains: dict[str, DomainConfig] = option(dict, "definitions of named domains (YAML only)", cli=False)
+    crop: list[int] = option([768, 768], "training crop, height width in pixels")
+    batch_per_domain: int = option(4, "images of each source domain in one iteration")
+    scale: list[float] = option([0.5, 2.0], "range of the random isotropic resize")
+    flip: float = option(0.5, "probability of a horizontal flip")
+    jitter: float = option(0.5, "probability of colour jitter (brightness, contrast, saturation 0.4, hue 0.1)")
+    blur: bool = option(True, "Gaussian blur, sigma uniform in [0.15, 1.3] pixels")
+    strong_domains: list[int] = option(
+        [], "positions in data.sources that always get the strong jitter (0.8, 0.8, 0.8, 0.3)"
+    )
+    workers: int = option(2, "data loading processes")
+    streets_images: int = option(160, "generated training images a domain")
+    streets_size: list[int] = option([256, 512], "generated image size, height width in pixels")
+    cache: str = option("", "folder of the generated streets; default: ~/.cache/pmm_fast")
+
+
+@dataclass
+class ModelConfig:
+    """The network."""
+
+    architecture: str = option(
+        "deeplabv3plus_resnet50", "HEAD_BACKBONE: deeplabv3plus|deeplabv2 _ resnet18|resnet50|resnet101|mobilenet_v2"
+    )
+    output_stride: Literal[8, 16] = option(16, "input pixels a feature position; deeplabv2 is always 8")
+    channels: int = option(256, "width of the feature map and of the memory")
+    aux_dropout: float = option(0.1, "channel dropout in the auxiliary head")
+    weights: str = option(
+        "imagenet", "backbone initialisation: imagenet (must be found), none, or a file of torchvision's weights"
+    )
+
+
+@dataclass
+class MemoryConfig:
+    """The categorical memory."""
+
+    momentum: float = option(0.8, "weight of the old memory in an update")
+    temperature: float = option(1.0, "temperature of the softmax over slots in the read")
+    cohesion_temperature: float = option(1.0, "temperature of the cosines in the cohesion loss")
+    gumbel: bool = option(True, "Gumbel noise in the read while training (Gumbel softmax)")
+    init_passes: int = option(2, "passes over the training data that initialise the memory")
+    init_iterations: int = option(743, "iterations that count as one pass")
+
+
+@dataclass
+class MetaConfig:
+    """One iteration (Algorithm 1)."""
+
+    mode: Literal["pinmem", "memory-agg", "mldg", "agg"] = option(
+        "pinmem",
+        "pinmem: memory and meta-learning; memory-agg: memory alone; mldg: meta-learning alone; agg: plain training",
+    )
+    order: Literal[1, 2] = option(2, "2: the exact meta-gradient; 1: first order, as in the released code")
+    inner_lr_ratio: float = option(0.25, "inner learning rate as a share of the learning rate")
+    inner_lr: float = option(0.0, "fixed inner learning rate; 0: inner_lr_ratio x learning rate")
+    aux_weight: float = option(0.4, "weight of the auxiliary head's loss")
+    cohesion_weight: float = option(0.02, "weight of the feature cohesion loss")
+    divergence_weight: float = option(0.4, "weight of the memory divergence loss")
+    classifier_weight: float = option(0.2, "weight of the memory classifier loss")
+
+
+@dataclass
+class OptimConfig:
+    """SGD and its schedule."""
+
+    iterations: int = option(30463, "training iterations")
+    lr: float = option(0.01, "learning rate at the start")
+    momentum: float = option(0.9, "SGD momentum")
+    weight_decay: float = option(5e-4, "L2 weight decay, on every parameter")
+    schedule: Literal["exp", "poly"] = option("exp", "exp: lr e^(-9 t/horizon); poly: lr (1 - t/horizon)^0.9")
+    horizon: int = option(120000, "iterations after which the schedule reaches its end; 0: optim.iterations")
+    accumulate: int = option(1, "micro-batches whose gradients are averaged into one update")
+
+
+@dataclass
+class EvalConfig:
+    """How a trained network is tested."""
+
+    protocol: Literal["whole", "sliding"] = option("whole", "whole images, or tiles of eval.crop averaged")
+    scales: list[float] = option([1.0], "image scales whose scores are averaged")
+    flip: bool = option(False, "average with the mirrored image")
+    crop: int = option(768, "tile side of the sliding protocol, in pixels")
+    overlap: float = option(1 / 3, "share of a tile covered by the next")
+    height: int = option(0, "resize images to this height before testing (labels are not); 0: as they are")
+    limit: int = option(0, "test on this many images a domain at most (evenly spaced); 0: all")
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    out: str = option("", "folder of the run; default: runs/PRESET/MODE")
+    seed: int = option(304, "seed of everything random")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    amp: bool = option(False, "mixed precision: autocast in the inner and the outer gradient")
+    amp_dtype: Literal["bf16", "fp16"] = option("bf16", "type of mixed precision; fp16 scales the losses")
+    resume: bool = option(False, "continue the run in `out` from its last checkpoint")
+    checkpoint_every: int = option(1000, "iterations between checkpoints")
+    log_every: int = option(10, "iterations between log lines")
+    tensorboard: bool = option(False, "also write TensorBoard events (extra: tensorboard)")
