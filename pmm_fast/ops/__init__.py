@@ -1,0 +1,27 @@
+"""The memory operators: public functions, backend choice, reference.
+
+Every operator is a function of tensors, differentiable at least twice, with one name in every place
+(``ops/X.py``, ``kernels/X.py``, ``csrc/*/X.*``, ``tests/ops/test_X.py``, ``docs/ops/X.md``).
+"""
+
+from pmm_fast.ops.backends import available_backends, explain, record_backends, use_backend
+from pmm_fast.ops.masked_average_pool import masked_average_pool, update_memory
+from pmm_fast.ops.memory_pass import memory_pass
+from pmm_fast.ops.memory_read import gumbel_noise, memory_read
+from pmm_fast.ops.reference import assignment, normalize
+from pmm_fast.ops.upsample_cross_entropy import upsample_cross_entropy
+
+__all__ = [
+    "assignment",
+    "available_backends",
+    "explain",
+    "gumbel_noise",
+    "masked_average_pool",
+    "memory_pass",
+    "memory_read",
+    "normalize",
+    "record_backends",
+    "update_memory",
+    "upsample_cross_entropy",
+    "use_backend",
+]

@@ -1,0 +1,63 @@
+"""What every operator demands of its arguments, in one wording."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_map(operator: str, name: str, tensor: Tensor, axes: str = "[B, C, h, w]") -> None:
+    """A floating-point map with four axes."""
+    if tensor.dim() != 4:
+        raise ValueError(f"{operator}: {name} must be {axes}, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{operator}: {name} must be floating point, got {tensor.dtype}")
+
+
+def check_labels(operator: str, labels: Tensor, batch: int, num_classes: int, ignore_index: int) -> None:
+    """Integer labels ``[B, H, W]`` whose values are classes or the ignore index.
+
+    Values are looked at on the CPU only: on a GPU it would stop the host, so an assertion runs on the device instead.
+    """
+    if labels.dim() != 3 or labels.shape[0] != batch:
+        raise ValueError(f"{operator}: labels must be [B, H, W] with B = {batch}, got shape {tuple(labels.shape)}")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise ValueError(f"{operator}: labels must have an integer dtype, got {labels.dtype}")
+    if num_classes < 1:
+        raise ValueError(f"{operator}: num_classes must be positive, got {num_classes}")
+    if labels.numel() == 0 or torch.compiler.is_compiling() or isinstance(labels, FakeTensor):
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    if labels.device.type != "cpu":
+        torch._assert_async(~wrong.any(), f"{operator}: a label is neither a class in 0..{num_classes - 1} nor ignored")
+    elif wrong.any():
+        values = sorted(set(labels[wrong].tolist()))[:5]
+        raise ValueError(
+            f"{operator}: labels hold {', '.join(map(str, values))}, expected classes in 0..{num_classes - 1} "
+            f"or the ignore index {ignore_index}"
+        )
+
+
+def check_memory(operator: str, memory: Tensor, channels: int) -> None:
+    """A memory ``[K, C]`` as wide as the features."""
+    if memory.dim() != 2 or memory.shape[1] != channels:
+        raise ValueError(f"{operator}: memory must be [K, C] with C = {channels}, got shape {tuple(memory.shape)}")
+    if memory.dtype not in _FLOATS:
+        raise ValueError(f"{operator}: memory must be floating point, got {memory.dtype}")
+
+
+def check_noise(operator: str, noise: Tensor | None, features: Tensor, slots: int, temperature: float) -> None:
+    """Noise ``[B, K, h, w]`` or None, and a positive temperature."""
+    expected = (features.shape[0], slots, *features.shape[2:])
+    if noise is not None and tuple(noise.shape) != expected:
+        raise ValueError(f"{operator}: noise must be [B, K, h, w] = {expected}, got shape {tuple(noise.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"{operator}: temperature must be positive, got {temperature}")
+
+
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """Operators choose their own precision: float32 sums, norms and softmax whatever autocast says."""
+    return torch.autocast(tensor.device.type, enabled=False)
