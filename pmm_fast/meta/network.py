@@ -1,0 +1,55 @@
+"""A network as functions of its parameters: what the meta step calls instead of a module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+State = dict[str, Tensor]
+MEMORY_BUFFER = "memory.slots"
+
+
+class Network:
+    """The structure of a :class:`~pmm_fast.models.Segmentor` without its values.
+
+    Holds two copies on the meta device, one in training and one in evaluation mode, so that nothing is ever switched
+    and a call that forgets a parameter fails instead of using a stale one.
+
+    Args:
+        model: whose structure is taken; it is neither changed nor kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        skeleton = copy.deepcopy(model).to("meta")
+        self._modules = {True: skeleton.train(), False: copy.deepcopy(skeleton).eval()}
+        self.has_memory = getattr(model, "memory", None) is not None
+
+    def __call__(self, name: str, params: State, buffers: State, *inputs: Any, training: bool = True) -> Any:
+        """Run the sub-module ``name`` on ``inputs``.
+
+        Args:
+            name: dotted name, e.g. ``encoder`` or ``memory.writer``.
+            params: parameters of the whole model by name.
+            buffers: buffers of the whole model by name; batch-norm statistics in them are updated in place when
+                ``training``.
+            inputs: the sub-module's inputs.
+            training: batch statistics and dropout, or running statistics and none.
+        """
+        prefix = f"{name}."
+        state = {
+            key.removeprefix(prefix): value
+            for source in (params, buffers)
+            for key, value in source.items()
+            if key.startswith(prefix)
+        }
+        return functional_call(self._modules[training].get_submodule(name), state, inputs, strict=True)
+
+
+def split_state(model: nn.Module) -> tuple[State, State, Tensor | None]:
+    """The values of a model: parameters, buffers without the memory, memory (None without one); nothing is copied."""
+    buffers = dict(model.named_buffers())
+    memory = buffers.pop(MEMORY_BUFFER, None)
+    return dict(model.named_parameters()), buffers, memory

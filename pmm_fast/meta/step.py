@@ -1,0 +1,310 @@
+"""One iteration of Algorithm 1 as one pure function.
+
+    inner:  L_in(theta) on the meta-train images: read with M, then write M^ and judge it
+    theta' = theta - alpha grad L_in(theta)
+    M'    = M updated from the meta-train images with the encoder of theta' held constant, the writing net live
+    outer:  L_out(theta') on the meta-test images, read with M'
+    returned gradient:  d/dtheta [ L_in(theta) + L_out(theta') ]
+
+Order 2 (default) differentiates through theta' = theta - alpha grad L_in exactly, which adds -alpha H_in g_out; order 1
+treats grad L_in as a constant, which is what the released code does (``train.py:530-583``).
+
+No module is changed and nothing is written into the arguments: parameters, buffers and memory come in, gradients,
+buffers and memory go out.  Random are only the dropout masks (torch's global generator).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmm_fast import ops
+from pmm_fast.meta import losses as L
+from pmm_fast.meta.network import Network, State
+
+Mode = Literal["pinmem", "memory-agg", "mldg", "agg"]
+MEMORY_MODES = ("pinmem", "memory-agg")
+META_MODES = ("pinmem", "mldg")
+
+
+class Batch(NamedTuple):
+    """Images ``[B, 3, H, W]`` (normalised) and labels ``[B, H, W]`` (integers, classes or the ignore index)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Noise(NamedTuple):
+    """Gumbel noise ``[B, K, h, w]`` of the meta-train and the meta-test read; None: plain softmax."""
+
+    train: Tensor | None = None
+    test: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What a step does besides its data.
+
+    Args:
+        network: the structure that the parameters fill.
+        mode: ``pinmem`` | ``memory-agg`` (memory, no meta-learning) | ``mldg`` (meta-learning, no memory) | ``agg``.
+        order: 2, exact; 1, the inner gradient is a constant.
+        inner_lr: alpha, of the inner gradient step.
+        memory_momentum: weight of the old memory in an update.
+        temperature: of the read.
+        cohesion_temperature: of the cosines in the cohesion loss.
+        aux_weight, cohesion_weight, divergence_weight, classifier_weight: of the losses.
+        loss_scale: factor on both losses while they are differentiated, taken out again of both gradients (fp16).
+        autocast: type of mixed precision, or None.
+    """
+
+    network: Network
+    mode: Mode = "pinmem"
+    order: int = 2
+    inner_lr: float = 0.0025
+    memory_momentum: float = 0.8
+    temperature: float = 1.0
+    cohesion_temperature: float = 1.0
+    aux_weight: float = 0.4
+    cohesion_weight: float = 0.02
+    divergence_weight: float = 0.4
+    classifier_weight: float = 0.2
+    loss_scale: float = 1.0
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pinmem", "memory-agg", "mldg", "agg"):
+            raise ValueError(f"mode must be pinmem, memory-agg, mldg or agg, got {self.mode!r}")
+        if self.order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {self.order!r}")
+        if (self.mode in MEMORY_MODES) != self.network.has_memory:
+            state = "has" if self.network.has_memory else "has no"
+            raise ValueError(f"mode {self.mode!r} does not fit a network that {state} memory")
+
+
+class StepResult(NamedTuple):
+    """What :func:`step` returns.
+
+    ``losses``: detached scalars ``train/seg``, ``train/aux``, ... ``test/seg``, ..., ``train``, ``test`` and ``total``
+    (the value whose gradient ``grads`` is), and ``train/top_weight``, the mean largest weight of the read.
+    ``grads``: by parameter name, detached.  ``memory``: as written inside the step (M', detached), None without one.
+    ``buffers``: with the batch-norm statistics of the meta-train pass.
+    """
+
+    losses: dict[str, Tensor]
+    grads: State
+    memory: Tensor | None
+    buffers: State
+
+
+class _Forward(NamedTuple):
+    losses: dict[str, Tensor]  # seg, aux, cohesion
+    written: tuple[Tensor, Tensor] | None  # class sums, masses
+    top_weight: Tensor | None
+
+
+def step(
+    params: State,
+    buffers: State,
+    memory: Tensor | None,
+    batch_mtr: Batch,
+    batch_mte: Batch | None,
+    noise: Noise,
+    hyper: Hyper,
+) -> StepResult:
+    """Losses and gradients of one iteration.
+
+    Args:
+        params: every parameter of the model by name.
+        buffers: every buffer but the memory by name (batch-norm statistics).
+        memory: ``[K, C]`` M, or None in the modes without memory.
+        batch_mtr: meta-train images; in ``agg`` and ``memory-agg`` all images.
+        batch_mte: meta-test images; None in ``agg`` and ``memory-agg``.
+        noise: of the two reads.
+        hyper: see :class:`Hyper`.
+
+    Returns:
+        :class:`StepResult`.  The optimiser step is the caller's, and after it :func:`rewrite_memory`.
+
+    Raises:
+        ValueError: a batch or memory that the mode needs is missing, or one that it cannot use is given.
+    """
+    _check_arguments(memory, batch_mte, hyper)
+    theta = {name: value.detach().requires_grad_() for name, value in params.items()}
+    new_buffers = {name: value.clone() for name, value in buffers.items()}
+    inner, new_memory, report = _inner_loss(theta, new_buffers, memory, batch_mtr, noise.train, hyper)
+    if hyper.mode not in META_MODES:
+        grads = _gradient(inner, theta, hyper)
+        return StepResult(_report(report, inner), _detached(grads), _detach(new_memory), new_buffers)
+
+    assert batch_mte is not None
+    second_order = hyper.order == 2
+    inner_grads = _gradient(inner, theta, hyper, create_graph=second_order)
+    adapted = {name: theta[name] - hyper.inner_lr * inner_grads[name] for name in theta}
+    if not second_order:
+        adapted = {name: value.detach().requires_grad_() for name, value in adapted.items()}
+
+    if memory is not None:
+        new_memory = _write_with_constant_encoder(adapted, buffers, memory, batch_mtr, hyper)
+    scratch = {name: value.clone() for name, value in buffers.items()}
+    outer_forward = _forward(adapted, scratch, new_memory, batch_mte, noise.test, hyper, write=False)
+    outer = _weighted(outer_forward.losses, hyper)
+    outer_grads = _gradient(outer, theta if second_order else adapted, hyper)
+    grads = {name: inner_grads[name].detach() + outer_grads[name] for name in theta}
+
+    report |= {f"test/{name}": value for name, value in outer_forward.losses.items()} | {"test": outer}
+    return StepResult(_report(report, inner + outer), _detached(grads), _detach(new_memory), new_buffers)
+
+
+def rewrite_memory(params: State, buffers: State, memory: Tensor, batches: list[Batch], hyper: Hyper) -> Tensor:
+    """M*, the memory that the next iteration starts from: M updated from the meta-train images after the optimiser step.
+
+    The network is in evaluation mode (running statistics), only its encoder and writing net run, nothing is
+    differentiated (Algorithm 1, last line; released code ``train.py:578-583``).
+
+    Args:
+        params, buffers: as after the optimiser step.
+        memory: ``[K, C]``, the memory before the iteration.
+        batches: the iteration's meta-train micro-batches; their class sums are added.
+        hyper: see :class:`Hyper`.
+
+    Returns:
+        ``[K, C]``, unit rows.
+    """
+    with torch.no_grad():
+        pooled = [_pool(params, params, buffers, batch, memory.shape[0], hyper, training=False) for batch in batches]
+        sums, mass = (torch.stack(parts).sum(0) for parts in zip(*pooled, strict=True))
+        return ops.update_memory(memory, sums, mass, hyper.memory_momentum)
+
+
+def read_losses(params: State, buffers: State, memory: Tensor | None, batch: Batch, hyper: Hyper) -> dict[str, Tensor]:
+    """The read losses (seg, aux, cohesion) of a training forward without noise or gradient, for diagnosis."""
+    with torch.no_grad():
+        scratch = {name: value.clone() for name, value in buffers.items()}
+        return _forward(params, scratch, memory, batch, None, hyper, write=False).losses
+
+
+def _check_arguments(memory: Tensor | None, batch_mte: Batch | None, hyper: Hyper) -> None:
+    if (memory is None) != (hyper.mode not in MEMORY_MODES):
+        raise ValueError(f"mode {hyper.mode!r} {'needs a' if memory is None else 'takes no'} memory")
+    if (batch_mte is None) != (hyper.mode not in META_MODES):
+        raise ValueError(f"mode {hyper.mode!r} {'needs a' if batch_mte is None else 'takes no'} meta-test batch")
+
+
+def autocast(hyper: Hyper, device: torch.device) -> torch.autocast:
+    # no cache of cast weights: each weight is cast once a pass, and a cached cast would outlive its graph
+    return torch.autocast(device.type, dtype=hyper.autocast, enabled=hyper.autocast is not None, cache_enabled=False)
+
+
+def _forward(
+    params: State,
+    buffers: State,
+    memory: Tensor | None,
+    batch: Batch,
+    noise: Tensor | None,
+    hyper: Hyper,
+    write: bool,
+) -> _Forward:
+    """Read losses of a training forward; with ``write`` also the class sums of the writing net's output."""
+    net, labels = hyper.network, batch.labels
+    written = top_weight = None
+    with autocast(hyper, batch.images.device):
+        feature, low_level, aux = net("encoder", params, buffers, batch.images)
+        decoded = feature
+        if memory is not None:
+            if write:
+                output = net("memory.writer", params, buffers, feature)
+                read, scores, *pooled = ops.memory_pass(feature, output, labels, memory, noise, hyper.temperature)
+                written = (pooled[0], pooled[1])
+            else:
+                read, scores = ops.memory_read(feature, memory, noise, hyper.temperature)
+            decoded = net("memory.fusion", params, buffers, feature, read)
+            top_weight = ops.assignment(scores.detach(), noise, hyper.temperature).amax(1).mean()
+        logits = net("decoder", params, buffers, decoded, low_level)
+        aux_logits = net("aux_head", params, buffers, aux)
+    found = {"seg": ops.upsample_cross_entropy(logits, labels), "aux": L.auxiliary_loss(aux_logits, labels)}
+    if memory is not None:
+        found["cohesion"] = L.cohesion_loss(scores, labels, hyper.cohesion_temperature)
+    return _Forward(found, written, top_weight)
+
+
+def _inner_loss(
+    theta: State, buffers: State, memory: Tensor | None, batch: Batch, noise: Tensor | None, hyper: Hyper
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """L_in, the memory M^ that it judges, and the parts to report."""
+    forward = _forward(theta, buffers, memory, batch, noise, hyper, write=memory is not None)
+    losses, updated = dict(forward.losses), None
+    if memory is not None:
+        assert forward.written is not None and forward.top_weight is not None
+        updated = ops.update_memory(memory, *forward.written, hyper.memory_momentum)
+        losses["divergence"] = L.divergence_loss(updated)
+        losses["classifier"] = L.classifier_loss(hyper.network("memory.classifier", theta, buffers, updated))
+    total = _weighted(losses, hyper)
+    report = {f"train/{name}": value for name, value in losses.items()} | {"train": total}
+    if forward.top_weight is not None:
+        report["train/top_weight"] = forward.top_weight
+    return total, updated, report
+
+
+def _write_with_constant_encoder(
+    adapted: State, buffers: State, memory: Tensor, batch: Batch, hyper: Hyper
+) -> Tensor:
+    """M' = update(M, X_mtr; copy(theta'_E), theta'_U): its gradient reaches the writing net alone."""
+    constant = {name: value.detach() for name, value in adapted.items()}
+    scratch = {name: value.clone() for name, value in buffers.items()}
+    sums, mass = _pool(constant, adapted, scratch, batch, memory.shape[0], hyper, training=True)
+    return ops.update_memory(memory, sums, mass, hyper.memory_momentum)
+
+
+def _pool(
+    encoder_params: State,
+    writer_params: State,
+    buffers: State,
+    batch: Batch,
+    num_classes: int,
+    hyper: Hyper,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """Class sums and masses of the writing net's output; only encoder and writing net run."""
+    with autocast(hyper, batch.images.device):
+        with torch.no_grad():
+            feature = hyper.network("encoder", encoder_params, buffers, batch.images, training=training)[0]
+        written = hyper.network("memory.writer", writer_params, buffers, feature, training=training)
+        return ops.masked_average_pool(written, batch.labels, num_classes)
+
+
+def _weighted(losses: dict[str, Tensor], hyper: Hyper) -> Tensor:
+    weights = {
+        "seg": 1.0,
+        "aux": hyper.aux_weight,
+        "cohesion": hyper.cohesion_weight,
+        "divergence": hyper.divergence_weight,
+        "classifier": hyper.classifier_weight,
+    }
+    return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+
+
+def _gradient(loss: Tensor, params: State, hyper: Hyper, create_graph: bool = False) -> State:
+    """Gradient by parameter name; a parameter that the loss does not reach has gradient zero."""
+    found = torch.autograd.grad(
+        loss * hyper.loss_scale, list(params.values()), create_graph=create_graph, allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(value) if grad is None else grad / hyper.loss_scale
+        for (name, value), grad in zip(params.items(), found, strict=True)
+    }
+
+
+def _detach(memory: Tensor | None) -> Tensor | None:
+    return None if memory is None else memory.detach()
+
+
+def _detached(grads: State) -> State:
+    return {name: value.detach() for name, value in grads.items()}
+
+
+def _report(parts: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in (parts | {"total": total}).items()}
