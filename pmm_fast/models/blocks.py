@@ -1,0 +1,92 @@
+"""Pieces that every network here is made of: what an encoder returns, conv + BN + ReLU, upsampling, initialisation.
+
+Shapes: N images, C feature channels, c low-level channels, c3 auxiliary channels, K classes, H x W image pixels,
+h x w feature positions, h4 x w4 low-level positions (a quarter of the image's).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What an encoder returns.
+
+    Attributes:
+        feature: ``[N, C, h, w]``, non-negative: what the memory reads and is written from.
+        low_level: ``[N, c, h4, w4]``, the finest map the decoder uses; heads without a low-level branch give
+            ``feature`` itself here, so that the tuple always holds three tensors.
+        aux: ``[N, c3, h, w]``, input of the auxiliary head.
+    """
+
+    feature: Tensor
+    low_level: Tensor
+    aux: Tensor
+
+
+class Stages(NamedTuple):
+    """What a backbone returns: ``low_level`` at a quarter of the image, ``aux`` and ``last`` at the output stride."""
+
+    low_level: Tensor
+    aux: Tensor
+    last: Tensor
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
+    """Convolution without bias that keeps the size, BatchNorm, ReLU, as children 0, 1, 2."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
+
+
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resampling of ``[N, C, h, w]`` to ``size`` with aligned corners, as everywhere in the released code."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def initialize_head(module: nn.Module) -> None:
+    """Kaiming-normal convolutions (fan in), zero biases, BatchNorm at 1 and 0 (released code, ``network/mynn.py``)."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, nonlinearity="relu")
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.BatchNorm2d):
+            nn.init.ones_(child.weight)
+            nn.init.zeros_(child.bias)
+
+
+def initialize_backbone(module: nn.Module) -> None:
+    """Kaiming-normal convolutions (fan out), as torchvision starts its classifiers."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
+
+
+def make_aux_head(in_channels: int, channels: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """The auxiliary classifier on the last but one stage: ``[N, c3, h, w]`` to logits ``[N, K, h, w]``.
+
+    3x3 convolution (with bias) to ``2 channels``, BatchNorm, ReLU, Dropout2d, 1x1 convolution; children 0 to 4, the
+    released ``dsn`` (``network/deepv3plus.py:dsn``).
+
+    Args:
+        in_channels: c3, the width of the stage.
+        channels: C, the width of the network's feature map.
+        num_classes: K.
+        dropout: probability that a channel is dropped while training.
+    """
+    head = nn.Sequential(
+        nn.Conv2d(in_channels, 2 * channels, 3, padding=1),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU(),
+        nn.Dropout2d(dropout),
+        nn.Conv2d(2 * channels, num_classes, 1),
+    )
+    initialize_head(head)
+    return head
