@@ -1,0 +1,90 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pmm_fast import meta
+from pmm_fast.config import Config
+from pmm_fast.data import FolderDomain, get_space, open_domain
+from pmm_fast.models import Segmentor, build_model, load_backbone
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU, or the CPU without one.
+
+    Raises:
+        ValueError: a device that torch does not know, or a GPU where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name!r} was asked for, but torch finds no GPU here")
+    return device
+
+
+def amp_type(config: Config) -> torch.dtype | None:
+    """The autocast type of a run, or None without mixed precision."""
+    return AMP_TYPES[config.amp_dtype] if config.amp else None
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run is written: ``out``, or ``runs/MODE``."""
+    return Path(config.out or f"runs/{config.meta.mode}")
+
+
+def source_names(config: Config) -> list[str]:
+    """Source domains of a run; one alone is taken twice where the method needs two (the G,G protocol)."""
+    names = list(config.data.sources)
+    if len(names) == 1 and config.meta.mode in meta.META_MODES:
+        names *= 2
+    return names
+
+
+def open_sources(config: Config, split: str = "train") -> list[FolderDomain]:
+    """The source domains, in order; a repeated name is opened once and used twice."""
+    opened = {name: open_domain(name, config.data, split) for name in dict.fromkeys(source_names(config))}
+    return [opened[name] for name in source_names(config)]
+
+
+def create_model(config: Config) -> tuple[Segmentor, str]:
+    """A network at the start of training, on the CPU, and a line telling where its backbone comes from."""
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model.architecture,
+        get_space(config.data.label_space).num_classes,
+        channels=config.model.channels,
+        output_stride=config.model.output_stride,
+        memory=config.meta.mode in meta.MEMORY_MODES,
+        aux_dropout=config.model.aux_dropout,
+        temperature=config.memory.temperature,
+    )
+    model.label_space = config.data.label_space
+    return model, load_backbone(model, config.model.weights)
+
+
+def create_hyper(config: Config, network: meta.Network, inner_lr: float, loss_scale: float = 1.0) -> meta.Hyper:
+    """The step's settings for one iteration."""
+    return meta.Hyper(
+        network=network,
+        mode=config.meta.mode,
+        order=config.meta.order,
+        inner_lr=inner_lr,
+        memory_momentum=config.memory.momentum,
+        temperature=config.memory.temperature,
+        cohesion_temperature=config.memory.cohesion_temperature,
+        aux_weight=config.meta.aux_weight,
+        cohesion_weight=config.meta.cohesion_weight,
+        divergence_weight=config.meta.divergence_weight,
+        classifier_weight=config.meta.classifier_weight,
+        loss_scale=loss_scale,
+        autocast=amp_type(config),
+    )

@@ -1,0 +1,270 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pmm_fast import meta, ops
+from pmm_fast.config import Config, to_dict, to_yaml
+from pmm_fast.data import make_loader
+from pmm_fast.engine import build, checkpoint
+from pmm_fast.engine.logging import RunLog
+from pmm_fast.engine.optim import (
+    LossScale,
+    build_optimizer,
+    gradient_norm,
+    inner_learning_rate,
+    learning_rate,
+)
+
+# streams of random numbers that depend on the seed and the iteration alone, so that resuming needs no state
+SPLIT_STREAM = 1
+INIT_STREAM = 2
+
+
+class NonFiniteLossError(ValueError):
+    """Training met a loss or gradient that is not finite."""
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        config: the resolved configuration.
+
+    Raises:
+        ValueError: data, weights, device or folder that the configuration names are not usable.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = build.run_folder(config)
+        self._check_folder()
+        self.device = build.pick_device(config.device)
+        self.sources = build.open_sources(config)
+        self.model, backbone = build.create_model(config)
+        self.model.to(self.device)
+        self.network = meta.Network(self.model)
+        self.params, self.buffers, self.memory = meta.split_state(self.model)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.scale = LossScale(config.amp and config.amp_dtype == "fp16")
+        self.iteration = 0
+        self._say(f"{config.meta.mode}, {_order_text(config)}; {config.model.architecture} on {self.device}; {backbone}")
+        self._say("sources: " + ", ".join(f"{domain.name} ({len(domain)} images)" for domain in self.sources))
+
+    def run(self) -> Path:
+        """Train to the last iteration, writing checkpoints and logs.
+
+        Returns:
+            The run's folder, with ``checkpoint.pt``, ``config.yaml`` and ``metrics.jsonl``.
+
+        Raises:
+            NonFiniteLossError: names the iteration, the losses and the domain they come from.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(to_yaml(self.config))
+        if self.config.resume:
+            self._restore()
+        elif self.memory is not None:
+            self._initialise_memory()
+        log = RunLog(self.folder, self.iteration, self.config.tensorboard)
+        try:
+            self._loop(log)
+        finally:
+            log.close()
+        return self.folder
+
+    def _loop(self, log: RunLog) -> None:
+        config, total = self.config, self.config.optim.iterations
+        progress = _progress(total, f"train {config.meta.mode}", initial=self.iteration)
+        batches = self._batches()
+        while self.iteration < total:
+            start = time.perf_counter()
+            losses, norm = self._iterate(batches)
+            self.iteration += 1
+            progress.update()
+            if self.iteration % config.log_every == 0 or self.iteration == total:
+                progress.set_postfix(loss=f"{losses['total']:.3f}", refresh=False)
+                values = {"lr": learning_rate(config.optim, self.iteration - 1), "gradient_norm": norm}
+                values |= {"inner_lr": inner_learning_rate(config, self.iteration - 1), "loss_scale": self.scale.scale}
+                log.write(self.iteration, losses, seconds=time.perf_counter() - start, **values)
+            if self.iteration % config.checkpoint_every == 0 or self.iteration == total:
+                self._save()
+        progress.close()
+
+    def _iterate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:
+        """One optimiser step and what follows it; returns the losses and the norm of the gradient."""
+        config = self.config
+        micro_batches = [self._to_device(next(batches)) for _ in range(config.optim.accumulate)]
+        train, test = self._split(self.iteration)
+        hyper = build.create_hyper(
+            config, self.network, inner_learning_rate(config, self.iteration), loss_scale=self.scale.scale
+        )
+        total_grads: meta.State = {}
+        total_losses: dict[str, Tensor] = {}
+        for images, labels in micro_batches:
+            mtr, mte = _take(images, labels, train), _take(images, labels, test) if test else None
+            result = meta.step(self.params, self.buffers, self.memory, mtr, mte, self._noise(mtr, mte), hyper)
+            _accumulate(total_grads, result.grads, config.optim.accumulate)
+            _accumulate(total_losses, result.losses, config.optim.accumulate)
+            for name, value in result.buffers.items():
+                self.buffers[name].copy_(value)
+        losses = {name: float(value) for name, value in total_losses.items()}
+        norm = float(gradient_norm(total_grads))
+        finite = np.isfinite(norm) and np.isfinite(losses["total"])
+        self.scale.update(bool(finite))
+        if finite:
+            self._update(total_grads, [_take(*batch, train) for batch in micro_batches], hyper)
+        elif self.scale.exhausted:
+            self._stop_non_finite(losses, norm, micro_batches, hyper)
+        return losses, norm
+
+    def _update(self, grads: meta.State, train_batches: list[meta.Batch], hyper: meta.Hyper) -> None:
+        """SGD step from theta with the summed gradient, then the memory's rewrite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optim, self.iteration)
+        for name, parameter in self.params.items():
+            parameter.grad = grads[name]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.memory is not None:
+            self.memory.copy_(meta.rewrite_memory(self.params, self.buffers, self.memory, train_batches, hyper))
+
+    def _split(self, iteration: int) -> tuple[list[int], list[int]]:
+        domains = len(self.sources)
+        if self.config.meta.mode not in meta.META_MODES:
+            return list(range(domains)), []
+        return meta.draw_split(domains, np.random.default_rng([self.config.seed, SPLIT_STREAM, iteration]))
+
+    def _noise(self, mtr: meta.Batch, mte: meta.Batch | None) -> meta.Noise:
+        if self.memory is None or not self.config.memory.gumbel:
+            return meta.Noise()
+        return meta.Noise(*(None if batch is None else self._gumbel(batch) for batch in (mtr, mte)))
+
+    def _gumbel(self, batch: meta.Batch) -> Tensor:
+        height, width = self.model.feature_size(batch.images.shape[2], batch.images.shape[3])
+        return ops.gumbel_noise((len(batch.images), self.model.num_classes, height, width), device=self.device)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        accumulate = self.config.optim.accumulate
+        start, stop = self.iteration * accumulate, self.config.optim.iterations * accumulate
+        return iter(make_loader(self.sources, self.config.data, self.config.seed, start, stop, pin_memory=self._pin))
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return tuple(part.to(self.device, non_blocking=True) for part in batch)  # type: ignore[return-value]
+
+    @property
+    def _pin(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _initialise_memory(self) -> None:
+        """Two passes over the training data with its plain augmentation, encoder only."""
+        config = self.config
+        passes = config.memory.init_passes * config.memory.init_iterations
+        loader = make_loader(
+            self.sources, config.data, config.seed, 0, passes, stream=INIT_STREAM, strong=False, pin_memory=self._pin
+        )
+        hyper = build.create_hyper(config, self.network, inner_lr=0.0)
+        assert self.memory is not None
+
+        def flat() -> Iterable[meta.Batch]:
+            for batch in _progress(passes, "initialise memory", loader):
+                images, labels = self._to_device(batch)
+                yield _take(images, labels, list(range(len(images))))
+
+        memory, mass = meta.initialise_memory(self.params, self.buffers, flat(), self.memory, hyper)
+        self.memory.copy_(memory)
+        unseen = int((mass == 0).sum())
+        if unseen:
+            self._say(f"{unseen} of {len(mass)} classes were not met while the memory was initialised; their slots are 0")
+
+    def _check_folder(self) -> None:
+        exists = (self.folder / checkpoint.FILE_NAME).exists()
+        if self.config.resume and not exists:
+            raise checkpoint.CheckpointError(f"resume: {self.folder} holds no {checkpoint.FILE_NAME} to continue from")
+        if exists and not self.config.resume:
+            raise ValueError(f"out: {self.folder} already holds a run; continue it with --resume or name another --out")
+
+    def _save(self) -> None:
+        training: dict[str, Any] = {
+            "iteration": self.iteration,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scale.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        content = {"format": checkpoint.FORMAT, "model": checkpoint.describe_model(self.model)}
+        content |= {"config": to_dict(self.config), "training": training}
+        checkpoint.write(self.folder / checkpoint.FILE_NAME, content)
+
+    def _restore(self) -> None:
+        path = self.folder / checkpoint.FILE_NAME
+        content = checkpoint.read(path)
+        stored, training = content["model"], content.get("training")
+        if training is None:
+            raise checkpoint.CheckpointError(f"{path}: holds a model but no training state to resume")
+        for key, wanted in (("label_space", self.model.label_space), ("settings", self.model.settings)):
+            if stored[key] != wanted:
+                raise checkpoint.CheckpointError(
+                    f"{path}: cannot resume: its {key} is {stored[key]}, this run's is {wanted}"
+                )
+        checkpoint.load_state(self.model, stored["state"], path)
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scale.load_state_dict(training["scaler"])
+        torch.set_rng_state(training["rng"])
+        if self.device.type == "cuda" and training["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(training["rng_cuda"], self.device)
+        self.iteration = training["iteration"]
+        self._say(f"resumed at iteration {self.iteration}")
+
+    def _stop_non_finite(
+        self, losses: dict[str, float], norm: float, batches: list[tuple[Tensor, Tensor]], hyper: meta.Hyper
+    ) -> None:
+        """Find the domain whose images give the non-finite loss, and stop; the last checkpoint stays."""
+        guilty = set()
+        for images, labels in batches:
+            for position, domain in enumerate(self.sources):
+                batch = _take(images, labels, [position])
+                found = meta.read_losses(self.params, self.buffers, self.memory, batch, hyper)
+                if not all(torch.isfinite(value) for value in found.values()):
+                    guilty.add(domain.name)
+        where = f"domain {', '.join(sorted(guilty))}" if guilty else "no single domain (each one's forward is finite)"
+        values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        raise NonFiniteLossError(
+            f"iteration {self.iteration + 1}: loss or gradient is not finite, from {where}; "
+            f"losses: {values}; gradient norm {norm:.4g}. The last checkpoint in {self.folder} is untouched."
+        )
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _order_text(config: Config) -> str:
+    if config.meta.mode not in meta.META_MODES:
+        return "no meta-learning"
+    return f"order {config.meta.order} ({'exact' if config.meta.order == 2 else 'as released'})"
+
+
+def _take(images: Tensor, labels: Tensor, domains: list[int]) -> meta.Batch:
+    """The images of some domains ``[D, B, ...]`` as one batch, domain by domain."""
+    return meta.Batch(images[domains].flatten(0, 1), labels[domains].flatten(0, 1))
+
+
+def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor], count: int) -> None:
+    for name, value in new.items():
+        total[name] = value / count if name not in total else total[name] + value / count
+
+
+def _progress(total: int, text: str, iterable: Iterable[Any] | None = None, initial: int = 0) -> Any:
+    """A progress bar with an estimate; a line every few seconds where output is not a terminal."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(iterable, total=total, desc=text, initial=initial, mininterval=interval, dynamic_ncols=True, unit="it")
