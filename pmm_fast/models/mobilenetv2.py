@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pmm_fast.models.blocks import Stages, initialize_backbone
+from pmm_fast.models.depthwise import DepthwiseConv2d
 
 # (expansion, width, blocks, stride) of each stage: Sandler et al., CVPR 2018, table 2
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -20,15 +21,16 @@ _LOW_LEVEL, _AUX = 3, 13
 
 
 def conv_bn_relu6(
-    in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, dilation: int = 1, groups: int = 1
+    in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, dilation: int = 1, depthwise: bool = False
 ) -> nn.Sequential:
     """Convolution without bias, BatchNorm, ReLU6, as children 0, 1, 2."""
     padding = dilation * (kernel // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU6(),
+    conv = (
+        DepthwiseConv2d(in_channels, kernel, stride, padding, dilation)
+        if depthwise
+        else nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
     )
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU6())
 
 
 class InvertedResidual(nn.Module):
@@ -39,8 +41,8 @@ class InvertedResidual(nn.Module):
         hidden = in_channels * expansion
         layers: list[nn.Module] = []
         if expansion != 1:
-            layers.append(conv_bn_relu6(in_channels, hidden, kernel=1))
-        layers.append(conv_bn_relu6(hidden, hidden, 3, stride, dilation, groups=hidden))
+            layers.append(conv_bn_relu6(in_channels, hidden))
+        layers.append(conv_bn_relu6(hidden, hidden, 3, stride, dilation, depthwise=True))
         layers += [nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)]
         self.conv = nn.Sequential(*layers)
         self.has_shortcut = stride == 1 and in_channels == out_channels
@@ -69,7 +71,7 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, output_stride: int = 16) -> None:
         super().__init__()
-        layers: list[nn.Module] = [conv_bn_relu6(3, 32, stride=2)]
+        layers: list[nn.Module] = [conv_bn_relu6(3, 32, 3, stride=2)]
         in_channels, reached, dilation = 32, 2, 1
         for expansion, width, count, stage_stride in _STAGES:
             stride = stage_stride
