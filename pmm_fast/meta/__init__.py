@@ -2,7 +2,17 @@
 
 from pmm_fast.meta.network import Network, State, split_state
 from pmm_fast.meta.schedule import draw_split, initialise_memory
-from pmm_fast.meta.step import META_MODES, MEMORY_MODES, Batch, Hyper, Noise, StepResult, read_losses, rewrite_memory, step
+from pmm_fast.meta.step import (
+    MEMORY_MODES,
+    META_MODES,
+    Batch,
+    Hyper,
+    Noise,
+    StepResult,
+    read_losses,
+    rewrite_memory,
+    step,
+)
 
 __all__ = [
     "MEMORY_MODES",

@@ -62,4 +62,7 @@ def classifier_loss(class_logits: Tensor) -> Tensor:
     Args:
         class_logits: ``[K, K]``, the memory classifier's output for every slot.
     """
-    return F.cross_entropy(class_logits.to(ops.compute_dtype(class_logits.dtype)), torch.arange(class_logits.shape[0], device=class_logits.device))
+    return F.cross_entropy(
+        class_logits.to(ops.compute_dtype(class_logits.dtype)),
+        torch.arange(class_logits.shape[0], device=class_logits.device),
+    )

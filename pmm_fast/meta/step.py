@@ -249,9 +249,7 @@ def _inner_loss(
     return total, updated, report
 
 
-def _write_with_constant_encoder(
-    adapted: State, buffers: State, memory: Tensor, batch: Batch, hyper: Hyper
-) -> Tensor:
+def _write_with_constant_encoder(adapted: State, buffers: State, memory: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
     """M' = update(M, X_mtr; copy(theta'_E), theta'_U): its gradient reaches the writing net alone."""
     constant = {name: value.detach() for name, value in adapted.items()}
     scratch = {name: value.clone() for name, value in buffers.items()}

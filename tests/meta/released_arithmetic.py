@@ -45,7 +45,13 @@ def masked_average_pool(
 
 
 def memory_pass(
-    features: Tensor, written: Tensor, labels: Tensor, memory: Tensor, noise: Tensor | None, temperature: float, ignore: int
+    features: Tensor,
+    written: Tensor,
+    labels: Tensor,
+    memory: Tensor,
+    noise: Tensor | None,
+    temperature: float,
+    ignore: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     read, scores = memory_read(features, memory, noise, temperature)
     return read, scores, *masked_average_pool(written, labels, len(memory), ignore)
@@ -67,7 +73,9 @@ def fuse(self: MemoryFusion, feature: Tensor, read: Tensor) -> Tensor:
 
 def pyramid(self: ASPP, x: Tensor) -> Tensor:
     """Image pooling resampled instead of repeated."""
-    pooled = F.interpolate(self.image_pool(F.adaptive_avg_pool2d(x, 1)), x.shape[2:], mode="bilinear", align_corners=True)
+    pooled = F.interpolate(
+        self.image_pool(F.adaptive_avg_pool2d(x, 1)), x.shape[2:], mode="bilinear", align_corners=True
+    )
     return torch.cat([pooled, *(branch(x) for branch in self.branches)], 1)
 
 

@@ -128,7 +128,9 @@ def test_conditioning(ours, in_released_order):
     exact = iterate(torch.float64).result
 
     def distance(a, b):
-        return max(float((a.grads[n].double() - b.grads[n].double()).norm() / b.grads[n].double().norm()) for n in names)
+        return max(
+            float((a.grads[n].double() - b.grads[n].double()).norm() / b.grads[n].double().norm()) for n in names
+        )
 
     def inner_distance(a, b):
         return abs(float(a.losses["train"]) - float(b.losses["train"])) / float(b.losses["train"])
@@ -145,7 +147,12 @@ def test_released_arithmetic_is_the_same_mathematics():
     arguments = (inputs.features, inputs.written, inputs.labels, inputs.memory, None, 1.0, 255)
     found, expected = released_arithmetic.memory_pass(*arguments), ops.memory_pass(*arguments)
     fusion = MemoryFusion(6).eval()
-    assert relative_error(released_arithmetic.fuse(fusion, inputs.features, found[0]), fusion(inputs.features, expected[0])) < 1e-6
+    assert (
+        relative_error(
+            released_arithmetic.fuse(fusion, inputs.features, found[0]), fusion(inputs.features, expected[0])
+        )
+        < 1e-6
+    )
     for a, b in zip(found[1:], expected[1:], strict=True):
         assert relative_error(a, b) < 1e-6
     updated = released_arithmetic.update_memory(inputs.memory, *found[2:], 0.8)

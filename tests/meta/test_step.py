@@ -113,9 +113,7 @@ def test_order_2_minus_order_1_is_the_hessian_term(mode):
 
     first, second = (
         flatten(
-            meta.step(
-                params, buffers, memory, mtr, mte, noise, meta.Hyper(**(vars(hyper) | {"order": order}))
-            ).grads,
+            meta.step(params, buffers, memory, mtr, mte, noise, meta.Hyper(**(vars(hyper) | {"order": order}))).grads,
             names,
         )
         for order in (1, 2)
@@ -202,7 +200,9 @@ def test_autocast_stays_near_float32(order):
     grads = []
     for amp in (None, torch.bfloat16):
         params, buffers, memory, mtr, mte, noise, hyper = tiny_problem(order=order, autocast=amp)
-        problem = [{k: v.detach().float() if v.is_floating_point() else v for k, v in d.items()} for d in (params, buffers)]
+        problem = [
+            {k: v.detach().float() if v.is_floating_point() else v for k, v in d.items()} for d in (params, buffers)
+        ]
         batches = [meta.Batch(b.images.float(), b.labels) for b in (mtr, mte)]
         result = meta.step(*problem, memory.float(), *batches, noise, hyper)
         grads.append(flatten(result.grads, list(params)))
@@ -234,9 +234,7 @@ def test_rewrite_uses_running_statistics_and_adds_micro_batches():
 
 def test_initial_memory_is_the_mean_feature_of_each_class():
     params, buffers, memory, mtr, mte, _, hyper = tiny_problem()
-    batches = [
-        meta.Batch(batch.images, torch.where(batch.labels == 2, 255, batch.labels)) for batch in (mtr, mte)
-    ]
+    batches = [meta.Batch(batch.images, torch.where(batch.labels == 2, 255, batch.labels)) for batch in (mtr, mte)]
     found, mass = meta.initialise_memory(params, buffers, batches, memory, hyper)
     encoder = TinySegmentor().eval().encoder
     pooled = [ops.masked_average_pool(encoder(b.images).feature, b.labels, CLASSES) for b in batches]

@@ -10,7 +10,9 @@ from tests.tolerances import FORWARD, relative_error
 
 def logits_and_labels(dtype=torch.float64, size=(3, 5), label_size=(7, 11), **options):
     inputs = make_inputs(classes=4, size=size, label_size=label_size, **options)
-    return torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype), inputs.labels
+    return torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    ), inputs.labels
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
@@ -18,10 +20,7 @@ def logits_and_labels(dtype=torch.float64, size=(3, 5), label_size=(7, 11), **op
 def test_equals_mean_over_labelled_pixels(align_corners, size):
     logits, labels = logits_and_labels(size=size)
     probabilities = F.interpolate(logits, (7, 11), mode="bilinear", align_corners=align_corners).softmax(1)
-    terms = [
-        -probabilities[b, int(labels[b, y, x]), y, x].log()
-        for b, y, x in torch.nonzero(labels != 255).tolist()
-    ]
+    terms = [-probabilities[b, int(labels[b, y, x]), y, x].log() for b, y, x in torch.nonzero(labels != 255).tolist()]
     found = ops.upsample_cross_entropy(logits, labels, align_corners=align_corners)
     torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-12, atol=0)
 
