@@ -8,7 +8,8 @@ from torch import Tensor
 # against the released code's float32 numbers (fixtures/README.md): relative to the largest expected value
 RELEASED_MEMORY = 1e-4
 RELEASED_NETWORK = 1e-3
-# released training iteration in the released order of rounding: of each parameter's gradient norm, skipping norms below 1e-5 of the largest
+# released training iteration in the released order of rounding (tests/meta/released_arithmetic.py): of each
+# parameter's gradient norm, skipping norms below 1e-5 of the largest
 RELEASED_STEP = 2e-3
 RELEASED_STEP_SKIP = 1e-5
 

@@ -46,7 +46,7 @@ def cohesion_loss(scores: Tensor, labels: Tensor, temperature: float = 1.0, igno
 
 
 def divergence_loss(memory: Tensor) -> Tensor:
-    """Mean positive cosine between different slots, sum_{i != j} max(0, M_i . M_j) / (K (K - 1)) (``memory.py:264-272``).
+    """Mean positive cosine of different slots: sum_{i != j} max(0, M_i . M_j) / (K (K - 1)) (``memory.py:264-272``).
 
     Args:
         memory: ``[K, C]``, unit rows.  One slot alone has loss 0.
@@ -62,7 +62,5 @@ def classifier_loss(class_logits: Tensor) -> Tensor:
     Args:
         class_logits: ``[K, K]``, the memory classifier's output for every slot.
     """
-    return F.cross_entropy(
-        class_logits.to(ops.compute_dtype(class_logits.dtype)),
-        torch.arange(class_logits.shape[0], device=class_logits.device),
-    )
+    classes = torch.arange(class_logits.shape[0], device=class_logits.device)
+    return F.cross_entropy(class_logits.to(ops.compute_dtype(class_logits.dtype)), classes)

@@ -16,7 +16,7 @@ from pmm_fast.meta.step import Batch, Hyper, autocast
 def draw_split(num_domains: int, generator: np.random.Generator) -> tuple[list[int], list[int]]:
     """Split the source domains into meta-train and meta-test for one iteration.
 
-    A random permutation is cut at a uniformly drawn place, each side keeping at least one domain (``train.py:493-500``).
+    A random permutation is cut at a uniformly drawn place; each side keeps at least one (``train.py:493-500``).
 
     Args:
         num_domains: D, at least 2 (one source alone is given twice: the G,G protocol).

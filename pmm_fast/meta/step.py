@@ -160,7 +160,7 @@ def step(
 
 
 def rewrite_memory(params: State, buffers: State, memory: Tensor, batches: list[Batch], hyper: Hyper) -> Tensor:
-    """M*, the memory that the next iteration starts from: M updated from the meta-train images after the optimiser step.
+    """M*, which the next iteration starts from: M updated from the meta-train images after the optimiser step.
 
     The network is in evaluation mode (running statistics), only its encoder and writing net run, nothing is
     differentiated (Algorithm 1, last line; released code ``train.py:578-583``).

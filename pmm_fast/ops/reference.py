@@ -41,7 +41,9 @@ def bilinear_taps(size_in: int, size_out: int, dtype: torch.dtype, device: torch
     return lower, (lower + 1).clamp(max=size_in - 1), position - lower
 
 
-def class_masses(labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int, dtype: torch.dtype):
+def class_masses(
+    labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
     """The share of each class at each feature position, ``[B, K, h, w]``.
 
     Equal to bilinear align-corners sampling of the one-hot labels, from the four label taps alone: the one-hot map is
