@@ -12,13 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).resolve().parents[1].parent / "shared/fixtures/released"
-
-needs_released = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the released code's numbers are not at {FOLDER}")
+FOLDER = Path(__file__).parent / "fixtures/released"
 
 
 def load(name: str) -> dict[str, Tensor]:

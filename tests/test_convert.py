@@ -7,7 +7,7 @@ import torch
 
 from pmm_fast import convert
 from pmm_fast.models import Segmentor, build_model
-from tests.released import load, needs_released, released_keys, released_slots, released_weights
+from tests.released import load, released_keys, released_slots, released_weights
 from tests.tolerances import RELEASED_NETWORK, relative_error
 
 V3PLUS, V2 = "deeplabv3plus_resnet50", "deeplabv2_resnet101"
@@ -32,7 +32,6 @@ def small() -> Segmentor:
     return model
 
 
-@needs_released
 @pytest.mark.parametrize("architecture", [V3PLUS, V2])
 def test_forward_equals_the_released_code(models: dict[str, Segmentor], architecture: str) -> None:
     expected = load(f"{architecture}_forward")
@@ -46,7 +45,6 @@ def test_forward_equals_the_released_code(models: dict[str, Segmentor], architec
         assert relative_error(found[name], expected[name]) < RELEASED_NETWORK, name
 
 
-@needs_released
 @pytest.mark.parametrize(("architecture", "count", "parameters"), [(V3PLUS, 397, 45284057), (V2, 679, 66904185)])
 def test_names_and_sizes_equal_the_released_ones(
     models: dict[str, Segmentor], architecture: str, count: int, parameters: int
@@ -60,7 +58,6 @@ def test_names_and_sizes_equal_the_released_ones(
     assert memory is not None and memory.shape == (19, 256)
 
 
-@needs_released
 def test_round_trip_of_released_weights_is_bit_exact(models: dict[str, Segmentor]) -> None:
     weights = released_weights(released_keys(V3PLUS))
     state_dict, memory = convert.to_released(models[V3PLUS])
@@ -70,7 +67,6 @@ def test_round_trip_of_released_weights_is_bit_exact(models: dict[str, Segmentor
     assert memory is not None and torch.equal(memory, released_slots())
 
 
-@needs_released
 def test_baseline_without_memory() -> None:
     keys = {name: shape for name, shape in released_keys(V3PLUS).items() if not name.startswith("memory.")}
     assert len(keys) == 383

@@ -1,0 +1,52 @@
+"""Configuration: the options (``schema``), files and presets (``load``), what may be combined (``validate``), and the
+command line (``cli``).
+
+Needs nothing but PyYAML, so that ``--help`` and ``--print-config`` answer at once.
+"""
+
+from pmm_fast.config.cli import Parser, default_out, parse_command_line, run_main
+from pmm_fast.config.load import (
+    ConfigError,
+    from_dict,
+    load_config,
+    load_file,
+    load_preset,
+    preset_names,
+    to_dict,
+    to_yaml,
+)
+from pmm_fast.config.schema import (
+    Config,
+    DataConfig,
+    DomainConfig,
+    EvalConfig,
+    MemoryConfig,
+    MetaConfig,
+    ModelConfig,
+    OptimConfig,
+)
+from pmm_fast.config.validate import validate
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DomainConfig",
+    "EvalConfig",
+    "MemoryConfig",
+    "MetaConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Parser",
+    "default_out",
+    "from_dict",
+    "load_config",
+    "load_file",
+    "load_preset",
+    "parse_command_line",
+    "preset_names",
+    "run_main",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]

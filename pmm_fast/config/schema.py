@@ -5,6 +5,9 @@ Defaults are those of the released recipe where it defines one (``docs/design.md
 ``--help`` prints.
 """
 
+# option() is a dataclass field, not a shared default
+# ruff: noqa: RUF009
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,16 +19,22 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is the first GPU, or the CPU without one.
 
     Raises:
-        ValueError: a device that torch does not know, or a GPU where there is none.
+        ValueError: a device of another kind, or a GPU that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = f"device: expected auto, cpu, cuda or cuda:N, got {name!r}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+        raise ValueError(expected) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(expected)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {name!r} was asked for, but torch finds no GPU here")
+    last = torch.cuda.device_count() - 1
+    if device.type == "cuda" and (device.index or 0) > last:
+        raise ValueError(f"device: {name!r} was asked for, but torch finds GPUs 0..{last} here")
     return device
 
 
@@ -49,7 +56,7 @@ def source_names(config: Config) -> list[str]:
     return names
 
 
-def open_sources(config: Config, split: str = "train") -> list[FolderDomain]:
+def open_sources(config: Config, split: Literal["train", "val"] = "train") -> list[FolderDomain]:
     """The source domains, in order; a repeated name is opened once and used twice."""
     opened = {name: open_domain(name, config.data, split) for name in dict.fromkeys(source_names(config))}
     return [opened[name] for name in source_names(config)]

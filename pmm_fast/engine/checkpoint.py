@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from pmm_fast.models import Segmentor, build_model
 
 FORMAT = "pmm_fast/1"
 FILE_NAME = "checkpoint.pt"
+
+_RELEASED = " (a released .pth is read by pmm_fast.convert.from_released)"
 
 
 class CheckpointError(ValueError):
@@ -37,22 +38,23 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
         CheckpointError: the file could not be written (disk full, no permission); an older file at ``path`` survives.
     """
     path = Path(path)
-    temporary = None
+    # not from tempfile, whose files nobody else may read
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         kept = "; the previous checkpoint is untouched" if path.exists() else ""
-        raise CheckpointError(f"{path}: could not write the checkpoint ({error}){kept}") from error
+        # torch's writer hides the reason behind an error of its own
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(f"{path}: could not write the checkpoint ({reason}){kept}") from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -68,11 +70,14 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the unpickler or the zip reader meets
-        raise CheckpointError(f"{path}: not a readable checkpoint, perhaps damaged or cut off ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read, perhaps damaged or cut off ({error.strerror})") from error
+    except Exception as error:
+        # torch raises whatever the zip reader or the unpickler meets, with advice to execute what is in the file
+        raise CheckpointError(f"{path}: no checkpoint, or damaged or cut off{_RELEASED}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        hint = " (a released .pth is read by pmm_fast.convert.from_released)" if found is None else ""
+        hint = _RELEASED if found is None else ""
         raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}{hint}")
     return content
 
@@ -126,7 +131,8 @@ def load_state(model: Segmentor, state: dict[str, torch.Tensor], path: str | Pat
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: the weights do not fit the model: {error}") from error
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise CheckpointError(f"{path}: the weights do not fit the model: {reasons}") from error
 
 
 def read_config(path: str | Path) -> Config:

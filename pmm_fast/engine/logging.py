@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        start: first iteration that will be logged; lines of later iterations, left by an interrupted run that is
-            being resumed, are dropped.
+        start: iterations done before; lines of later ones, left by an interrupted run that is being resumed, are
+            dropped.
         tensorboard: also write TensorBoard events.
 
     Raises:
@@ -26,14 +27,15 @@ class RunLog:
         path = folder / FILE_NAME
         kept = []
         if start > 0 and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= start]
+            kept = [line for line in path.read_text().splitlines() if _iteration(line) <= start]
         path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._board = _tensorboard(folder, start) if tensorboard else None
 
     def write(self, iteration: int, losses: dict[str, float], **values: Any) -> None:
-        """Log one iteration (counted from 1): losses by name, and further numbers."""
-        self._file.write(json.dumps({"iteration": iteration, "losses": losses, **values}) + "\n")
+        """Log one iteration (counted from 1): losses by name, and further numbers; null where one is not finite."""
+        line = {"iteration": iteration, "losses": _finite(losses), **_finite(values)}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in {**{f"loss/{key}": loss for key, loss in losses.items()}, **values}.items():
                 self._board.add_scalar(name, value, iteration)
@@ -44,9 +46,24 @@ class RunLog:
             self._board.close()
 
 
+def _iteration(line: str) -> float:
+    """The iteration of a line; infinite for a line that an interruption cut off."""
+    try:
+        return json.loads(line)["iteration"]
+    except ValueError:
+        return math.inf
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no NaN
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
 def _tensorboard(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("tensorboard: true needs TensorBoard: pip install 'pmm_fast[tensorboard]'") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)

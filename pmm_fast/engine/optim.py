@@ -12,7 +12,7 @@ from pmm_fast.config import Config, OptimConfig
 
 
 def learning_rate(config: OptimConfig, iteration: int) -> float:
-    """Learning rate of an iteration (from 0): exp ``lr e^(-9 t/horizon)`` (released), poly ``lr (1 - t/horizon)^0.9``."""
+    """Learning rate at iteration t, from 0: exp ``lr e^(-9 t/horizon)`` (released), poly ``lr (1 - t/horizon)^0.9``."""
     progress = min(iteration / (config.horizon or config.iterations), 1.0)
     factor = math.exp(-9 * progress) if config.schedule == "exp" else (1 - progress) ** 0.9
     return config.lr * factor
@@ -25,9 +25,7 @@ def inner_learning_rate(config: Config, iteration: int) -> float:
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
     """SGD on every parameter, weight decay on all of them (released ``optimizer.py:17-25``)."""
-    return torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 class LossScale:
@@ -58,10 +56,12 @@ class LossScale:
         return not self.enabled or self.scale < 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale, "finite_steps": self.finite_steps}
+        return {"scale": self.scale if self.enabled else None, "finite_steps": self.finite_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scale, self.finite_steps = state["scale"], state["finite_steps"]
+        # fp16 may have been switched on or off since
+        if self.enabled and state["scale"] is not None:
+            self.scale, self.finite_steps = state["scale"], state["finite_steps"]
 
 
 def gradient_norm(grads: dict[str, Tensor]) -> Tensor:

@@ -58,7 +58,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scale = LossScale(config.amp and config.amp_dtype == "fp16")
         self.iteration = 0
-        self._say(f"{config.meta.mode}, {_order_text(config)}; {config.model.architecture} on {self.device}; {backbone}")
+        method = f"{config.meta.mode}, {_order_text(config)}"
+        self._say(f"{method}; {config.model.architecture} on {self.device}; {backbone}")
         self._say("sources: " + ", ".join(f"{domain.name} ({len(domain)} images)" for domain in self.sources))
 
     def run(self) -> Path:
@@ -71,13 +72,14 @@ class Trainer:
             NonFiniteLossError: names the iteration, the losses and the domain they come from.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(to_yaml(self.config))
+        # before anything is written: a checkpoint that does not fit leaves the run's files as they are
         if self.config.resume:
             self._restore()
-        elif self.memory is not None:
-            self._initialise_memory()
+        (self.folder / "config.yaml").write_text(to_yaml(self.config))
         log = RunLog(self.folder, self.iteration, self.config.tensorboard)
         try:
+            if self.memory is not None and not self.config.resume:
+                self._initialise_memory()
             self._loop(log)
         finally:
             log.close()
@@ -85,21 +87,22 @@ class Trainer:
 
     def _loop(self, log: RunLog) -> None:
         config, total = self.config, self.config.optim.iterations
-        progress = _progress(total, f"train {config.meta.mode}", initial=self.iteration)
         batches = self._batches()
-        while self.iteration < total:
-            start = time.perf_counter()
-            losses, norm = self._iterate(batches)
-            self.iteration += 1
-            progress.update()
-            if self.iteration % config.log_every == 0 or self.iteration == total:
-                progress.set_postfix(loss=f"{losses['total']:.3f}", refresh=False)
-                values = {"lr": learning_rate(config.optim, self.iteration - 1), "gradient_norm": norm}
-                values |= {"inner_lr": inner_learning_rate(config, self.iteration - 1), "loss_scale": self.scale.scale}
-                log.write(self.iteration, losses, seconds=time.perf_counter() - start, **values)
-            if self.iteration % config.checkpoint_every == 0 or self.iteration == total:
-                self._save()
-        progress.close()
+        # closed also by an error, whose message would otherwise continue the bar's line
+        with _progress(total, f"train {config.meta.mode}", initial=self.iteration) as progress:
+            while self.iteration < total:
+                start = time.perf_counter()
+                losses, norm = self._iterate(batches)
+                self.iteration += 1
+                progress.update()
+                if self.iteration % config.log_every == 0 or self.iteration == total:
+                    progress.set_postfix(loss=f"{losses['total']:.3f}", refresh=False)
+                    values = {"lr": learning_rate(config.optim, self.iteration - 1), "gradient_norm": norm}
+                    values["inner_lr"] = inner_learning_rate(config, self.iteration - 1)
+                    values["loss_scale"] = self.scale.scale
+                    log.write(self.iteration, losses, seconds=time.perf_counter() - start, **values)
+                if self.iteration % config.checkpoint_every == 0 or self.iteration == total:
+                    self._save()
 
     def _iterate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:
         """One optimiser step and what follows it; returns the losses and the norm of the gradient."""
@@ -111,18 +114,21 @@ class Trainer:
         )
         total_grads: meta.State = {}
         total_losses: dict[str, Tensor] = {}
+        buffers = self.buffers
         for images, labels in micro_batches:
             mtr, mte = _take(images, labels, train), _take(images, labels, test) if test else None
-            result = meta.step(self.params, self.buffers, self.memory, mtr, mte, self._noise(mtr, mte), hyper)
+            result = meta.step(self.params, buffers, self.memory, mtr, mte, self._noise(mtr, mte), hyper)
             _accumulate(total_grads, result.grads, config.optim.accumulate)
             _accumulate(total_losses, result.losses, config.optim.accumulate)
-            for name, value in result.buffers.items():
-                self.buffers[name].copy_(value)
+            buffers = result.buffers
         losses = {name: float(value) for name, value in total_losses.items()}
         norm = float(gradient_norm(total_grads))
         finite = np.isfinite(norm) and np.isfinite(losses["total"])
         self.scale.update(bool(finite))
+        # an update that is skipped leaves no trace: an infinity in the batch-norm statistics would never fade
         if finite:
+            for name, value in buffers.items():
+                self.buffers[name].copy_(value)
             self._update(total_grads, [_take(*batch, train) for batch in micro_batches], hyper)
         elif self.scale.exhausted:
             self._stop_non_finite(losses, norm, micro_batches, hyper)
@@ -185,7 +191,8 @@ class Trainer:
         self.memory.copy_(memory)
         unseen = int((mass == 0).sum())
         if unseen:
-            self._say(f"{unseen} of {len(mass)} classes were not met while the memory was initialised; their slots are 0")
+            met = f"{unseen} of {len(mass)} classes were not met while the memory was initialised"
+            self._say(f"{met}; their slots are 0")
 
     def _check_folder(self) -> None:
         exists = (self.folder / checkpoint.FILE_NAME).exists()
@@ -219,12 +226,16 @@ class Trainer:
                 )
         checkpoint.load_state(self.model, stored["state"], path)
         self.optimizer.load_state_dict(training["optimizer"])
+        # its groups came with the checkpoint's options; this run's count
+        for group in self.optimizer.param_groups:
+            group.update(momentum=self.config.optim.momentum, weight_decay=self.config.optim.weight_decay)
         self.scale.load_state_dict(training["scaler"])
         torch.set_rng_state(training["rng"])
         if self.device.type == "cuda" and training["rng_cuda"] is not None:
             torch.cuda.set_rng_state(training["rng_cuda"], self.device)
         self.iteration = training["iteration"]
-        self._say(f"resumed at iteration {self.iteration}")
+        changed = _changed_options(content["config"], to_dict(self.config))
+        self._say(f"resumed at iteration {self.iteration}" + "".join(f"; changed: {option}" for option in changed))
 
     def _stop_non_finite(
         self, losses: dict[str, float], norm: float, batches: list[tuple[Tensor, Tensor]], hyper: meta.Hyper
@@ -233,15 +244,22 @@ class Trainer:
         guilty = set()
         for images, labels in batches:
             for position, domain in enumerate(self.sources):
-                batch = _take(images, labels, [position])
+                # twice: batch norm needs two images, and normalises these as it does one
+                batch = _take(images, labels, [position, position])
                 found = meta.read_losses(self.params, self.buffers, self.memory, batch, hyper)
                 if not all(torch.isfinite(value) for value in found.values()):
                     guilty.add(domain.name)
-        where = f"domain {', '.join(sorted(guilty))}" if guilty else "no single domain (each one's forward is finite)"
+        where = f"domain {', '.join(sorted(guilty))}"
+        if not guilty:
+            where = "no single domain (each one's forward is finite): perhaps optim.lr or meta.inner_lr is too high"
+        elif len(guilty) > 1 and guilty == {domain.name for domain in self.sources}:
+            where = f"every domain ({', '.join(sorted(guilty))}): perhaps optim.lr is too high"
         values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        saved = (self.folder / checkpoint.FILE_NAME).exists()
         raise NonFiniteLossError(
             f"iteration {self.iteration + 1}: loss or gradient is not finite, from {where}; "
-            f"losses: {values}; gradient norm {norm:.4g}. The last checkpoint in {self.folder} is untouched."
+            f"losses: {values}; gradient norm {norm:.4g}. "
+            + (f"The last checkpoint in {self.folder} is untouched." if saved else "There is no checkpoint yet.")
         )
 
     def _say(self, text: str) -> None:
@@ -252,6 +270,18 @@ def _order_text(config: Config) -> str:
     if config.meta.mode not in meta.META_MODES:
         return "no meta-learning"
     return f"order {config.meta.order} ({'exact' if config.meta.order == 2 else 'as released'})"
+
+
+def _changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The options that two configurations differ in, but for ``resume`` itself, as ``optim.lr 0.01 -> 0.1``."""
+    found = []
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            found += [f"{key}.{change}" for change in _changed_options(before, value)]
+        elif key != "resume" and value != before:
+            found.append(f"{key} {before} -> {value}")
+    return found
 
 
 def _take(images: Tensor, labels: Tensor, domains: list[int]) -> meta.Batch:

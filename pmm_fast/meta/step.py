@@ -195,6 +195,7 @@ def _check_arguments(memory: Tensor | None, batch_mte: Batch | None, hyper: Hype
 
 
 def autocast(hyper: Hyper, device: torch.device) -> torch.autocast:
+    """The mixed precision of a forward pass; losses, sums and updates stay outside it."""
     # no cache of cast weights: each weight is cast once a pass, and a cached cast would outlive its graph
     return torch.autocast(device.type, dtype=hyper.autocast, enabled=hyper.autocast is not None, cache_enabled=False)
 

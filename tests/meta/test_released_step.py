@@ -17,7 +17,6 @@ from tests.meta import released_arithmetic
 from tests.ops.inputs import make_inputs
 from tests.tolerances import RELEASED_NETWORK, RELEASED_STEP, RELEASED_STEP_SKIP, relative_error
 
-pytestmark = released.needs_released
 NAME = "deeplabv3plus_resnet50_step"
 
 

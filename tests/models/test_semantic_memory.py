@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pmm_fast import ops
 from pmm_fast.models import SemanticMemory
-from tests.released import load, needs_released
+from tests.released import load
 from tests.tolerances import RELEASED_MEMORY, relative_error
 
 NAMES = {
@@ -48,7 +48,6 @@ def released_total(memory: SemanticMemory, query: Tensor, data: dict[str, Tensor
     }
 
 
-@needs_released
 def test_equals_the_released_memory_with_gradients() -> None:
     data = load("memory")
     memory = SemanticMemory(19, 64)

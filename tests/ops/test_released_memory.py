@@ -9,8 +9,6 @@ from pmm_fast.models import SemanticMemory
 from tests import released
 from tests.tolerances import RELEASED_MEMORY, relative_error
 
-pytestmark = released.needs_released
-
 NAMES = {
     "output.0": "fusion.conv",
     "output.1": "fusion.bn",

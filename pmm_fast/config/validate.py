@@ -1,0 +1,118 @@
+"""What the values of a configuration must satisfy, one by one and together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pmm_fast.config.load import ConfigError
+from pmm_fast.config.schema import Config
+
+Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def _share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def _below_one(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _height_width(value: list[int]) -> bool:
+    return len(value) == 2 and all(side > 0 for side in value)
+
+
+def _range(value: list[float]) -> bool:
+    return len(value) == 2 and 0 < value[0] <= value[1]
+
+
+def _each(keys: str, test: Callable[[Any], bool], expected: str) -> list[Rule]:
+    return [(key, test, expected) for key in keys.split()]
+
+
+RULES: list[Rule] = [
+    *_each("data.crop data.streets_size", _height_width, "two positive whole numbers (height width)"),
+    *_each("data.scale", _range, "two positive numbers (smallest largest), in this order"),
+    *_each("data.flip data.jitter", _share, "a probability in 0..1"),
+    *_each("memory.momentum optim.momentum", _share, "a number in 0..1"),
+    *_each("model.aux_dropout eval.overlap", _below_one, "a number in 0..1, below 1"),
+    *_each("memory.temperature memory.cohesion_temperature", _positive, "a positive number"),
+    *_each(
+        "data.batch_per_domain data.streets_images model.channels memory.init_iterations optim.iterations "
+        "optim.accumulate eval.crop checkpoint_every log_every",
+        _positive,
+        "at least 1",
+    ),
+    *_each(
+        "data.workers memory.init_passes meta.inner_lr_ratio meta.inner_lr meta.aux_weight meta.cohesion_weight "
+        "meta.divergence_weight meta.classifier_weight optim.lr optim.weight_decay optim.horizon eval.height "
+        "eval.limit seed",
+        _not_negative,
+        "at least 0",
+    ),
+    ("eval.scales", lambda scales: bool(scales) and min(scales) > 0, "one or more positive numbers"),
+]
+"""(full key, test, what is expected) of every rule about a single option."""
+
+
+def get_option(config: Config, key: str) -> Any:
+    """The value of an option by its full key, e.g. ``optim.lr``."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def validate(config: Config, training: bool = True) -> None:
+    """Refuse values out of range and options that contradict each other.
+
+    Not looked at here: what depends on files (label spaces, domains, weights), on the machine (device) or on the
+    network (architecture); whoever uses them refuses them.  ``model.output_stride`` is ignored by deeplabv2,
+    ``meta.order`` by the modes without meta-learning, ``amp_dtype`` without ``amp``.
+
+    Args:
+        config: the merged configuration; its types are right (``from_dict`` saw to it).
+        training: whether it is to train with; a test may go without source domains.
+
+    Raises:
+        ConfigError: naming every option that is wrong, in one line.
+    """
+    problems = [
+        f"{key}: expected {expected}, got {get_option(config, key)!r}"
+        for key, test, expected in RULES
+        if not test(get_option(config, key))
+    ]
+    problems += _overlap_problems(config) + (_source_problems(config) if training else [])
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _source_problems(config: Config) -> list[str]:
+    sources = config.data.sources
+    if not sources:
+        return ["data.sources: expected at least one domain to train on, got none"]
+    # meta-learning takes a single source twice, to split it against itself
+    twice = len(sources) == 1 and config.meta.mode in ("pinmem", "mldg")
+    last = 1 if twice else len(sources) - 1
+    wrong = [position for position in config.data.strong_domains if not 0 <= position <= last]
+    if not wrong:
+        return []
+    return [f"data.strong_domains: no position {', '.join(map(str, wrong))}: data.sources has positions 0..{last}"]
+
+
+def _overlap_problems(config: Config) -> list[str]:
+    both = sorted(
+        {name.rstrip("/") for name in config.data.sources} & {name.rstrip("/") for name in config.data.unseen}
+    )
+    if not both:
+        return []
+    return [f"data.sources and data.unseen both name {', '.join(both)}: unseen domains are never trained on"]
