@@ -48,9 +48,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self, prog: str, description: str, base: Config | None = None, sections: Collection[str] | None = None
     ) -> None:
-        super().__init__(
-            prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter, add_help=False
-        )
+        super().__init__(prog=prog, description=description, formatter_class=_Formatter, add_help=False)
         self.own = self.add_argument_group("general")
         self.own.add_argument("-h", "--help", action="help", help="show this help and exit")
         self.own.add_argument(

@@ -126,7 +126,7 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
     if misspelt:
         return f"{section}.{misspelt[0]}" if section else misspelt[0]
     misplaced = [other for other in known if other.rpartition(".")[2] == name]
-    return next(iter([*misplaced, *difflib.get_close_matches(key, known, n=1)]), None)
+    return next(iter(difflib.get_close_matches(key, misplaced or known, n=1, cutoff=0.0 if misplaced else 0.6)), None)
 
 
 @lru_cache(maxsize=1)

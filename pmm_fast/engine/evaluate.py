@@ -141,7 +141,7 @@ def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
 
     The stride is ``ceil(tile * (1 - overlap))``; the last tile is moved back to end at the border.
     """
-    # 3 * (1 - 1/3) is a little over 2 in floating point
+    # 9 * (1 - 1/3) is a little over 6 in floating point
     stride = max(1, math.ceil(tile * (1 - overlap) - 1e-6))
     last = max(0, length - tile)
     return [*range(0, last, stride), last]

@@ -49,8 +49,7 @@ PANELS: tuple[tuple[str, tuple[Series, ...]], ...] = (
         "learning rate",
         (Series(_value("lr"), "-", "outer", smooth=False), Series(_value("inner_lr"), "--", "inner", smooth=False)),
     ),
-    ("mean top weight of the read", (Series(_value("top_weight"), "-", ""),)),
-    ("sharpness of the read", (Series(_value("sharpness"), "-", ""),)),
+    ("mean top weight of the read", (Series(_loss("train/top_weight"), "-", ""),)),
 )
 """Title and lines of every panel; those without data are left out."""
 
@@ -127,7 +126,7 @@ def plot_curves(runs: Mapping[str, str | Path], out_png: str | Path, span: int =
     if not panels:
         raise ValueError(f"nothing to draw in {', '.join(map(str, runs.values())) or 'no runs'}")
     # no pyplot: it would keep the figure, and choose a backend for the whole process
-    columns = min(2, len(panels))
+    columns = len(panels) if len(panels) <= 3 else 2
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.8 * columns, 3.0 * rows + 0.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)

@@ -91,6 +91,7 @@ def test_out_defaults_to_preset_and_mode(tmp_path: Path) -> None:
         (["--lr", "1"], "unknown option --lr; did you mean --optim.lr?"),
         (["--optim.order", "1"], "unknown option --optim.order; did you mean --meta.order?"),
         (["--inner-lr", "1"], "unknown option --inner-lr; did you mean --meta.inner_lr?"),
+        (["--evl.flip"], "unknown option --evl.flip; did you mean --eval.flip?"),
         (["--qqq"], "command line: unknown option --qqq (see --help)"),
         (["--meta.ord", "1"], "unknown option --meta.ord;"),
         (["--data.domains", "x"], "--data.domains: domains are defined in a YAML file"),

@@ -121,7 +121,8 @@ def test_tiles_are_averaged_where_they_overlap() -> None:
     ("length", "tile", "overlap", "starts"),
     [
         (11, 6, 1 / 3, [0, 4, 5]),
-        # 768 * (1 - 1/3) is 512 but for rounding
+        # 9 * (1 - 1/3) is a little over 6 in floating point
+        (30, 9, 1 / 3, [0, 6, 12, 18, 21]),
         (2048, 768, 1 / 3, [0, 512, 1024, 1280]),
         (1792, 768, 1 / 3, [0, 512, 1024]),
         (12, 6, 0.0, [0, 6]),
@@ -269,10 +270,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_program_compares_runs(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(trained / "runs/agg"), str(trained / "runs/pinmem/checkpoint.pt")]
     program.main([*runs, "--out", str(tmp_path / "out"), "--eval.limit", "3", "--device", "cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split("  ") != [] and lines[0].split()[2:] == [
-        "alpha", "beta", "mean", "source", "gamma", "drop",
-    ]  # fmt: skip
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert output.err.count("agg on alpha") == 1
+    assert lines[0].split() == ["mIoU", "%", "alpha", "beta", "mean", "source", "gamma", "drop"]
     assert [line.split()[0] for line in lines[2:4]] == ["agg", "pinmem"]
     stored = json.loads((tmp_path / "out/results.json").read_text())
     assert list(stored["runs"]) == ["agg", "pinmem"] and stored["settings"]["eval"]["limit"] == 3

@@ -20,7 +20,9 @@ def write(path: Path, lines: list[dict[str, Any]], tail: str = "") -> Path:
 
 
 def log(path: Path, **more: float) -> Path:
-    lines = [{"iteration": i, "losses": {"total": 3 / i, "train/seg": 1 / i}, "lr": 0.1, **more} for i in range(1, 50)]
+    lines = [
+        {"iteration": i, "losses": {"total": 3 / i, "train/seg": 1 / i, **more}, "lr": 0.1} for i in range(1, 50)
+    ]
     return write(path, lines)
 
 
@@ -49,12 +51,13 @@ def test_smoothing() -> None:
 
 def test_curves_have_a_panel_for_what_was_logged(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    agg, pinmem = log(tmp_path / "agg.jsonl"), log(tmp_path / "pinmem.jsonl", top_weight=0.2)
+    agg, pinmem = log(tmp_path / "agg.jsonl"), log(tmp_path / "pinmem.jsonl", **{"train/top_weight": 0.2})
     three = Image.open(plot_curves({"agg": agg}, tmp_path / "new" / "three.png"))
     only_lr = write(tmp_path / "lr.jsonl", [{"iteration": i, "lr": 0.1, "losses": {"total": None}} for i in (1, 2)])
     one = Image.open(plot_curves({"lr": only_lr}, tmp_path / "one.png"))
-    assert one.width < three.width and one.height < three.height
-    plot_curves({"agg": agg, "pinmem": pinmem}, tmp_path / "both.png")
+    assert one.width < three.width and one.height == three.height
+    four = Image.open(plot_curves({"agg": agg, "pinmem": pinmem}, tmp_path / "both.png"))
+    assert four.height > three.height
     colours = {colour for _, colour in Image.open(tmp_path / "both.png").convert("RGB").getcolors(1 << 20) or []}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
 
