@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,13 @@ def tiny_config(root: Path, out: Path, options: Mapping[str, Any] | None = None)
 def train(root: Path, out: Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Run ``tiny_config`` and return its checkpoint."""
     return checkpoint.read(Trainer(tiny_config(root, out, options)).run())
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, without the one entry that no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] > 0 for line in lines)
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def same(first: Any, second: Any) -> bool:
