@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pmm_fast.models.batchnorm import BatchNorm2d
+
 
 class Features(NamedTuple):
     """What an encoder returns.
@@ -40,7 +42,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation:
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
-        nn.BatchNorm2d(out_channels),
+        BatchNorm2d(out_channels),
         nn.ReLU(),
     )
 
@@ -83,7 +85,7 @@ def make_aux_head(in_channels: int, channels: int, num_classes: int, dropout: fl
     """
     head = nn.Sequential(
         nn.Conv2d(in_channels, 2 * channels, 3, padding=1),
-        nn.BatchNorm2d(2 * channels),
+        BatchNorm2d(2 * channels),
         nn.ReLU(),
         nn.Dropout2d(dropout),
         nn.Conv2d(2 * channels, num_classes, 1),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from pmm_fast.models.batchnorm import BatchNorm2d
 from pmm_fast.models.blocks import Stages, initialize_backbone
 from pmm_fast.models.depthwise import DepthwiseConv2d
 
@@ -30,7 +31,7 @@ def conv_bn_relu6(
         if depthwise
         else nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
     )
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU6())
+    return nn.Sequential(conv, BatchNorm2d(out_channels), nn.ReLU6())
 
 
 class InvertedResidual(nn.Module):
@@ -43,7 +44,7 @@ class InvertedResidual(nn.Module):
         if expansion != 1:
             layers.append(conv_bn_relu6(in_channels, hidden))
         layers.append(conv_bn_relu6(hidden, hidden, 3, stride, dilation, depthwise=True))
-        layers += [nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)]
+        layers += [nn.Conv2d(hidden, out_channels, 1, bias=False), BatchNorm2d(out_channels)]
         self.conv = nn.Sequential(*layers)
         self.has_shortcut = stride == 1 and in_channels == out_channels
 

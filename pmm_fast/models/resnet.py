@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from pmm_fast.models.batchnorm import BatchNorm2d
 from pmm_fast.models.blocks import Stages, initialize_backbone
 
 
@@ -40,9 +41,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, width: int, placement: Placement, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, width, placement.stride, placement.dilation)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = conv3x3(width, width, 1, placement.dilation)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.downsample = downsample
 
@@ -66,11 +67,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         first, second = (placement.stride, 1) if placement.stride_first else (1, placement.stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, first, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = conv3x3(width, width, second, placement.dilation)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.bn3 = BatchNorm2d(4 * width)
         self.relu = nn.ReLU()
         self.downsample = downsample
 
@@ -110,7 +111,7 @@ class ResNet(nn.Module):
         super().__init__()
         block, counts = _BLOCKS[depth]
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNorm2d(64)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         third = Placement(1, 2) if output_stride == 8 else Placement(2, 1)
@@ -141,7 +142,7 @@ def _make_stage(
     downsample = None
     if placement.stride != 1 or in_channels != out_channels:
         downsample = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, placement.stride, bias=False), nn.BatchNorm2d(out_channels)
+            nn.Conv2d(in_channels, out_channels, 1, placement.stride, bias=False), BatchNorm2d(out_channels)
         )
     blocks = [block(in_channels, width, placement, downsample)]
     blocks += [block(out_channels, width, Placement(1, placement.dilation), None) for _ in range(count - 1)]
