@@ -154,6 +154,7 @@ def evaluate_runs(
                     cells[index] += [image, overlay(image, labels, space)]
                 cells[index].append(overlay(image, prediction, space))
 
+        print(domain.describe(), file=sys.stderr)
         for run in runs:
             print(f"{run.name} on {domain.name} ({device})", file=sys.stderr, flush=True)
             model = run.model.to(device)

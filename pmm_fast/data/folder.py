@@ -194,8 +194,9 @@ def _open_configured(name: str, domain: DomainConfig, config: DataConfig, split:
     source = domain.label_space or config.label_space
     mapping(source, config.label_space)  # refuses unknown spaces before any file is read
     root = Path(config.root).expanduser() / Path(domain.root.replace("{split}", split)).expanduser()
-    image_root = _existing(root / domain.images.replace("{split}", split), name, "images")
-    label_root = _existing(root / domain.labels.replace("{split}", split), name, "labels")
+    hint = "" if config.root or root.is_absolute() else "; data.root is empty: is --data.root missing?"
+    image_root = _existing(root / domain.images.replace("{split}", split), name, "images", hint)
+    label_root = _existing(root / domain.labels.replace("{split}", split), name, "labels", hint)
     images = _index(image_root, IMAGE_SUFFIXES, domain.image_suffix, name, "image")
     labels = _index(label_root, LABEL_SUFFIXES, domain.label_suffix, name, "label")
     notes = [f"images in {image_root}"]
@@ -218,10 +219,10 @@ def _open_configured(name: str, domain: DomainConfig, config: DataConfig, split:
     return FolderDomain(name, pairs, domain.label_format, source, config.label_space, tuple(notes))
 
 
-def _existing(folder: Path, name: str, option: str) -> Path:
+def _existing(folder: Path, name: str, option: str, hint: str) -> Path:
     if not folder.is_dir():
         parent = next(p for p in folder.absolute().parents if p.is_dir())
-        raise DataError(f"domain {name!r}: no folder {folder} for its {option} ({parent} exists)")
+        raise DataError(f"domain {name!r}: no folder {folder} for its {option} ({parent} exists){hint}")
     return folder
 
 
