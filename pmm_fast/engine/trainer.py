@@ -121,8 +121,9 @@ class Trainer:
             _accumulate(total_grads, result.grads, config.optim.accumulate)
             _accumulate(total_losses, result.losses, config.optim.accumulate)
             buffers = result.buffers
-        losses = {name: float(value) for name, value in total_losses.items()}
-        norm = float(gradient_norm(total_grads))
+        # one transfer for all of them: each would make a GPU wait
+        *values, norm = torch.stack([*total_losses.values(), gradient_norm(total_grads)]).tolist()
+        losses = dict(zip(total_losses, values, strict=True))
         finite = np.isfinite(norm) and np.isfinite(losses["total"])
         self.scale.update(bool(finite))
         # an update that is skipped leaves no trace: an infinity in the batch-norm statistics would never fade
