@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -203,15 +204,26 @@ def _parse(value: Any, kind: Any, key: str) -> Any:
     return value
 
 
-def default_out(name_or_file: str, mode: str) -> str:
-    """``runs/PRESET/MODE``: the folder of a run that names none; a file counts by its stem."""
-    return (Path("runs") / Path(name_or_file).stem / mode).as_posix()
+def default_out(name_or_file: str, mode: str, resume: bool = False) -> str:
+    """The folder of a run that names none: ``runs/PRESET/MODE``, then ``MODE-2``, ``MODE-3``, ... while they hold runs.
+
+    Args:
+        name_or_file: preset or YAML file; a file counts by its stem.
+        mode: training mode.
+        resume: give the last folder that holds a run instead.
+    """
+    first = Path("runs") / Path(name_or_file).stem / mode
+    folders = (first if number == 1 else first.with_name(f"{mode}-{number}") for number in itertools.count(1))
+    taken = list(itertools.takewhile(lambda folder: (folder / "checkpoint.pt").exists(), folders))
+    if resume:
+        return (taken or [first])[-1].as_posix()
+    return (first if not taken else first.with_name(f"{mode}-{len(taken) + 1}")).as_posix()
 
 
 def parse_command_line(argv: list[str] | None, prog: str, description: str, default_preset: str = "demo") -> Config:
     """The configuration of a run: preset or file, then the command line on top, checked.
 
-    ``--print-config`` prints it as YAML and exits.  An empty ``out`` becomes ``runs/PRESET/MODE``.
+    ``--print-config`` prints it as YAML and exits.  An empty ``out`` becomes a folder of its own (:func:`default_out`).
 
     Args:
         argv: arguments without the program's name; None: those of the process.
@@ -241,7 +253,7 @@ def parse_command_line(argv: list[str] | None, prog: str, description: str, defa
     own, options = parser.parse_options(arguments)
     config = from_dict(options, "command line", base)
     if not config.out:
-        config.out = default_out(name, config.meta.mode)
+        config.out = default_out(name, config.meta.mode, config.resume)
     validate(config)
     if own.print_config:
         print(f"# preset: {name}\n{to_yaml(config)}", end="")

@@ -147,7 +147,7 @@ class Config:
     meta: MetaConfig = field(default_factory=MetaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    out: str = option("", "folder of the run; default: runs/PRESET/MODE")
+    out: str = option("", "folder of the run; default: runs/PRESET/MODE, numbered when taken")
     seed: int = option(304, "seed of everything random")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     amp: bool = option(False, "mixed precision: autocast in the inner and the outer gradient")

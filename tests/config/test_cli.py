@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 import pytest
 
 from pmm_fast.config import Config, ConfigError, Parser, load_file, load_preset, parse_command_line, run_main
-from pmm_fast.config.cli import TRACEBACK
+from pmm_fast.config.cli import TRACEBACK, default_out
 from pmm_fast.config.load import option_types, optional_type
 from pmm_fast.config.validate import get_option
 
@@ -76,12 +76,27 @@ def test_file_then_command_line(tmp_path: Path) -> None:
     assert (config.seed, config.optim.lr, config.model.channels) == (2, 0.5, load_preset("demo").model.channels)
 
 
-def test_out_defaults_to_preset_and_mode(tmp_path: Path) -> None:
+def test_out_defaults_to_preset_and_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("extends: demo\n")
     assert parse().out == "runs/demo/pinmem"
     assert parse("--mode", "agg", "--config", "gs_r50").out == "runs/gs_r50/agg"
     assert parse("--config", str(tmp_path / "mine.yaml")).out == "runs/mine/pinmem"
     assert parse("--out", "here").out == "here"
+
+
+def test_a_taken_folder_is_numbered_and_resume_takes_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_out("demo", "agg", resume=True) == "runs/demo/agg"
+    for expected in ("runs/demo/agg", "runs/demo/agg-2", "runs/demo/agg-3"):
+        assert default_out("demo", "agg") == expected
+        (tmp_path / expected).mkdir(parents=True)
+        # a folder without a checkpoint is no run: an attempt that failed at once does not count
+        assert default_out("demo", "agg") == expected
+        (tmp_path / expected / "checkpoint.pt").touch()
+    assert default_out("demo", "agg", resume=True) == "runs/demo/agg-3"
+    assert parse_command_line(["--mode", "agg", "--resume"], "train", "").out == "runs/demo/agg-3"
+    assert parse_command_line(["--mode", "agg"], "train", "").out == "runs/demo/agg-4"
 
 
 @pytest.mark.parametrize(

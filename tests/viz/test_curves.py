@@ -20,9 +20,7 @@ def write(path: Path, lines: list[dict[str, Any]], tail: str = "") -> Path:
 
 
 def log(path: Path, **more: float) -> Path:
-    lines = [
-        {"iteration": i, "losses": {"total": 3 / i, "train/seg": 1 / i, **more}, "lr": 0.1} for i in range(1, 50)
-    ]
+    lines = [{"iteration": i, "losses": {"total": 3 / i, "train/seg": 1 / i, **more}, "lr": 0.1} for i in range(1, 50)]
     return write(path, lines)
 
 
