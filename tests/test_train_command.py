@@ -32,7 +32,8 @@ def roots(tmp_path: Path) -> list[str]:
 def arguments(roots: list[str], out: Path, *more: str) -> list[str]:
     text = (
         f"--data.unseen --data.label_space {SPACE} --data.crop {SIZE[0]} {SIZE[1]} --data.batch_per_domain 2 "
-        "--data.workers 0 --model.channels 8 --memory.init_iterations 1 --optim.iterations 2 --device cpu"
+        "--data.workers 0 --model.channels 8 --model.weights none --memory.init_iterations 1 --optim.iterations 2 "
+        "--device cpu"
     )
     return ["--data.sources", *roots, *text.split(), "--out", str(out), *more]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmm_fast.models import MemoryFusion
+from pmm_fast.models import MemoryFusion, MemoryWriter
 from pmm_fast.models.deeplabv3plus import ASPP
 from pmm_fast.ops import backends
 
@@ -66,6 +66,12 @@ def update_memory(memory: Tensor, sums: Tensor, mass: Tensor, momentum: float) -
     return F.normalize(torch.stack(rows), dim=1)
 
 
+def write(self: MemoryWriter, feature: Tensor) -> Tensor:
+    """From a copy, so that the gradients of its two uses are added to each other first."""
+    feature = feature.clone()
+    return self.relu(feature + self.bn(self.conv(feature)))
+
+
 def fuse(self: MemoryFusion, feature: Tensor, read: Tensor) -> Tensor:
     joined = torch.cat([read.query, read], 1).view(*read.size, -1).permute(0, 3, 1, 2).contiguous()
     return self.relu(self.bn(self.conv(joined)))
@@ -84,5 +90,6 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(backends, "_implementations", dict(backends._implementations))
     for function in (memory_read, masked_average_pool, memory_pass, update_memory):
         backends.register(function.__name__, "reference", function)
+    monkeypatch.setattr(MemoryWriter, "forward", write)
     monkeypatch.setattr(MemoryFusion, "forward", fuse)
     monkeypatch.setattr(ASPP, "forward", pyramid)
