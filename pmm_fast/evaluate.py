@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmm_fast.config import Config, ConfigError, Parser, from_dict, run_main, validate
+from pmm_fast.config import CHECKPOINT_FILE, Config, ConfigError, Parser, from_dict, run_main, validate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,7 @@ def run_names(paths: list[str]) -> dict[str, Path]:
         ConfigError: the same run is given twice.
     """
     resolved = [Path(path).expanduser().resolve() for path in paths]
-    parts = [(path.parent if path.name == "checkpoint.pt" else path.with_suffix("")).parts for path in resolved]
+    parts = [(path.parent if path.name == CHECKPOINT_FILE else path.with_suffix("")).parts for path in resolved]
     if len(set(parts)) != len(parts):
         raise ConfigError(f"a run is given twice: {', '.join(paths)}")
     length = 1
@@ -202,9 +202,10 @@ def write(
 
 
 def _draw_curves(out: Path, runs: list[Run]) -> None:
+    from pmm_fast.engine.logging import FILE_NAME
     from pmm_fast.viz.curves import plot_curves
 
-    logs = {run.name: run.folder / "metrics.jsonl" for run in runs if (run.folder / "metrics.jsonl").is_file()}
+    logs = {run.name: run.folder / FILE_NAME for run in runs if (run.folder / FILE_NAME).is_file()}
     if not logs:
         return
     try:

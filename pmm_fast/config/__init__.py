@@ -4,7 +4,7 @@ command line (``cli``).
 Needs nothing but PyYAML, so that ``--help`` and ``--print-config`` answer at once.
 """
 
-from pmm_fast.config.cli import Parser, default_out, parse_command_line, run_main
+from pmm_fast.config.cli import CHECKPOINT_FILE, Parser, default_out, parse_command_line, run_main
 from pmm_fast.config.load import (
     ConfigError,
     from_dict,
@@ -28,6 +28,7 @@ from pmm_fast.config.schema import (
 from pmm_fast.config.validate import validate
 
 __all__ = [
+    "CHECKPOINT_FILE",
     "Config",
     "ConfigError",
     "DataConfig",

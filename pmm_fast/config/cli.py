@@ -29,6 +29,9 @@ from pmm_fast.config.load import (
 from pmm_fast.config.schema import Config
 from pmm_fast.config.validate import get_option, validate
 
+CHECKPOINT_FILE = "checkpoint.pt"
+"""The file by which a folder is known to hold a run."""
+
 SHORTCUTS = {"mode": "meta.mode", "iterations": "optim.iterations"}
 """Short names of the options that are used most."""
 
@@ -214,7 +217,7 @@ def default_out(name_or_file: str, mode: str, resume: bool = False) -> str:
     """
     first = Path("runs") / Path(name_or_file).stem / mode
     folders = (first if number == 1 else first.with_name(f"{mode}-{number}") for number in itertools.count(1))
-    taken = list(itertools.takewhile(lambda folder: (folder / "checkpoint.pt").exists(), folders))
+    taken = list(itertools.takewhile(lambda folder: (folder / CHECKPOINT_FILE).exists(), folders))
     if resume:
         return (taken or [first])[-1].as_posix()
     return (first if not taken else first.with_name(f"{mode}-{len(taken) + 1}")).as_posix()

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pmm_fast.config import Config, from_dict, to_dict
+from pmm_fast.config import CHECKPOINT_FILE, Config, from_dict, to_dict
 from pmm_fast.models import Segmentor, build_model
 
 FORMAT = "pmm_fast/1"
-FILE_NAME = "checkpoint.pt"
+FILE_NAME = CHECKPOINT_FILE
 
 _RELEASED = " (a released .pth is read by pmm_fast.convert.from_released)"
 

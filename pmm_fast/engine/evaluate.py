@@ -238,19 +238,6 @@ def _read_ahead(load: Callable[[int], T], indices: Sequence[int], threads: int) 
             yield sample
 
 
-def evaluate(
-    model: nn.Module,
-    domains: Sequence[Domain],
-    num_classes: int,
-    settings: EvalConfig,
-    device: torch.device,
-    amp_dtype: torch.dtype | None = None,
-    progress: bool = True,
-) -> list[DomainResult]:
-    """``evaluate_domain`` for each of ``domains``, in order."""
-    return [evaluate_domain(model, domain, num_classes, settings, device, amp_dtype, progress) for domain in domains]
-
-
 # --- files --------------------------------------------------------------------------------------------------------
 
 

@@ -292,7 +292,8 @@ def _take(images: Tensor, labels: Tensor, domains: list[int]) -> meta.Batch:
 
 def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor], count: int) -> None:
     for name, value in new.items():
-        total[name] = value / count if name not in total else total[name] + value / count
+        share = value if count == 1 else value / count
+        total[name] = share if name not in total else total[name] + share
 
 
 def _progress(total: int, text: str, iterable: Iterable[Any] | None = None, initial: int = 0) -> Any:

@@ -288,13 +288,16 @@ def _weighted(losses: dict[str, Tensor], hyper: Hyper) -> Tensor:
 
 def _gradient(loss: Tensor, params: State, hyper: Hyper, create_graph: bool = False) -> State:
     """Gradient by parameter name; a parameter that the loss does not reach has gradient zero."""
+    scale = hyper.loss_scale
     found = torch.autograd.grad(
-        loss * hyper.loss_scale, list(params.values()), create_graph=create_graph, allow_unused=True
+        loss if scale == 1 else loss * scale, list(params.values()), create_graph=create_graph, allow_unused=True
     )
-    return {
-        name: torch.zeros_like(value) if grad is None else grad / hyper.loss_scale
+    grads = {
+        name: torch.zeros_like(value) if grad is None else grad
         for (name, value), grad in zip(params.items(), found, strict=True)
     }
+    # dividing by one would copy every gradient
+    return grads if scale == 1 else {name: grad / scale for name, grad in grads.items()}
 
 
 def _detach(memory: Tensor | None) -> Tensor | None:

@@ -23,7 +23,6 @@ from pmm_fast.data import normalise
 from pmm_fast.engine import checkpoint
 from pmm_fast.engine.evaluate import (
     DomainResult,
-    evaluate,
     evaluate_domain,
     evenly_spaced,
     predict_logits,
@@ -232,7 +231,8 @@ def test_errors_name_domain_and_sample() -> None:
 
 
 def test_several_domains() -> None:
-    results = evaluate(Network(pointwise), [Memory("a"), Memory("b", 2)], 3, EvalConfig(), CPU, progress=False)
+    domains = [Memory("a"), Memory("b", 2)]
+    results = [evaluate_domain(Network(pointwise), d, 3, EvalConfig(), CPU, progress=False) for d in domains]
     assert [(result.name, result.images) for result in results] == [("a", 5), ("b", 2)]
 
 
