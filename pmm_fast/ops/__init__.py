@@ -8,7 +8,7 @@ from pmm_fast.ops.backends import available_backends, explain, record_backends, 
 from pmm_fast.ops.masked_average_pool import masked_average_pool, update_memory
 from pmm_fast.ops.memory_pass import memory_pass
 from pmm_fast.ops.memory_read import gumbel_noise, memory_read
-from pmm_fast.ops.reference import assignment, compute_dtype, normalize
+from pmm_fast.ops.reference import assignment, compute_dtype, normalize, seeded_gumbel_noise
 from pmm_fast.ops.upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "memory_read",
     "normalize",
     "record_backends",
+    "seeded_gumbel_noise",
     "update_memory",
     "upsample_cross_entropy",
     "use_backend",

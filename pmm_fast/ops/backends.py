@@ -8,15 +8,22 @@ one that can take the call) unless a name is given by :func:`use_backend` or by 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from pmm_fast.ops import extension
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
-OPERATORS = ("masked_average_pool", "update_memory", "memory_read", "memory_pass", "upsample_cross_entropy")
-_NOT_BUILT = "not part of this build"
+OPERATORS = ("masked_average_pool", "memory_read", "memory_pass", "upsample_cross_entropy")
 
 _chosen: ContextVar[str | None] = ContextVar("pmm_fast_backend", default=None)
 _calls: ContextVar[list[tuple[str, str]] | None] = ContextVar("pmm_fast_backend_calls", default=None)
@@ -39,6 +46,54 @@ def register(
     """Make ``function`` the ``backend`` implementation of ``operator`` (called once by the operator's module)."""
     assert operator in OPERATORS and backend in BACKENDS, (operator, backend)
     _implementations[operator, backend] = Implementation(function, refuses or (lambda *args, **kwargs: None))
+
+
+def register_kernels(operator: str, function: Callable[..., Any]) -> None:
+    """Register the kernel backends of an operator; ``function`` takes the call's arguments and ``backend``."""
+    for backend in ("cpu", "triton", "cuda"):
+        register(operator, backend, partial(function, backend=backend), partial(_refuses, backend))
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels are interpreted on the CPU (to be tested without a GPU)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+@cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+def missing(backend: str) -> str | None:
+    """Why this machine does not have a backend, or None."""
+    if backend == "cpu":
+        return extension.missing("_C")
+    if backend == "cuda":
+        return extension.missing("_CUDA") or (None if torch.cuda.is_available() else "no CUDA device")
+    if backend == "triton":
+        if torch.cuda.is_available() or interpreted():
+            return _triton_missing()
+        return _triton_missing() or "no CUDA device (TRITON_INTERPRET=1 interprets the kernels, slowly)"
+    return None
+
+
+def _refuses(backend: str, *args: Any, **kwargs: Any) -> str | None:
+    """Why a kernel backend cannot take a call, or None; the first argument is the map that the operator walks over."""
+    reason = missing(backend)
+    if reason:
+        return reason
+    tensor: Tensor = args[0]
+    device = tensor.device.type
+    expected = "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
+    if device != expected:
+        return f"the tensors are on {device}"
+    if any(other.device.type != device for other in args if isinstance(other, Tensor)):
+        return "the tensors are on different devices"
+    if backend == "cpu" and tensor.dtype == torch.float16:
+        return "no float16 on the CPU"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "torch.func transforms cannot see into a registered operator"
+    return None
 
 
 def requested() -> str:
@@ -75,28 +130,47 @@ def _check_operator(operator: str) -> None:
 def available_backends(operator: str) -> list[str]:
     """The backends that this machine has for an operator, best first."""
     _check_operator(operator)
-    return [name for name in BACKENDS if (operator, name) in _implementations]
+    return [name for name in BACKENDS if (operator, name) in _implementations and missing(name) is None]
 
 
 def _refusals(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
     """Backend name to the reason it cannot take this call (None: it can), best backend first."""
     reasons: dict[str, str | None] = {}
     for name in BACKENDS:
-        implementation = _implementations.get((operator, name))
-        reasons[name] = implementation.refuses(*args, **kwargs) if implementation else _NOT_BUILT
+        reasons[name] = _implementations[operator, name].refuses(*args, **kwargs)
     return reasons
+
+
+def _automatic(reasons: dict[str, str | None]) -> str:
+    """The best backend that can take a call; an interpreter is only for those who ask for it."""
+    return next(name for name, reason in reasons.items() if reason is None and not (name == "triton" and interpreted()))
 
 
 def _choose(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     wanted, reasons = requested(), _refusals(operator, args, kwargs)
     if wanted == "auto":
-        return next(name for name, reason in reasons.items() if reason is None)
+        taken = _automatic(reasons)
+        if taken == "reference":
+            _say_once(operator, args[0], reasons)
+        return taken
     if reasons[wanted] is not None:
         raise RuntimeError(
             f"{operator}: backend {wanted!r} was asked for but cannot take this call: {reasons[wanted]}; "
             f"available: {', '.join(available_backends(operator))}"
         )
     return wanted
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say_once(operator: str, tensor: Tensor, reasons: dict[str, str | None]) -> None:
+    """Tell that plain PyTorch runs although kernels exist for the device, with the reason."""
+    names = ("cpu",) if tensor.device.type == "cpu" else ("cuda", "triton")
+    why = "; ".join(f"{name}: {reasons[name]}" for name in names)
+    if (operator, why) not in _said:
+        _said.add((operator, why))
+        warnings.warn(f"pmm_fast: {operator} runs in plain PyTorch, which is slower ({why})", stacklevel=4)
 
 
 def dispatch(operator: str, *args: Any, **kwargs: Any) -> Any:
@@ -117,14 +191,9 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> str:
         ValueError: unknown operator.
     """
     _check_operator(operator)
-    if args or kwargs:
-        reasons = _refusals(operator, args, kwargs)
-    else:
-        available = available_backends(operator)
-        reasons = {name: None if name in available else _NOT_BUILT for name in BACKENDS}
+    reasons = _refusals(operator, args, kwargs) if args or kwargs else {name: missing(name) for name in BACKENDS}
     wanted = requested()
-    usable = [name for name, reason in reasons.items() if reason is None]
-    taken = wanted if wanted != "auto" else usable[0]
+    taken = wanted if wanted != "auto" else _automatic(reasons)
     lines = [f"{operator} (backend: {wanted})"]
     for name, reason in reasons.items():
         verdict = reason or ("taken" if name == taken else "usable")

@@ -17,28 +17,36 @@ def check_map(operator: str, name: str, tensor: Tensor, axes: str = "[B, C, h, w
         raise ValueError(f"{operator}: {name} must be floating point, got {tensor.dtype}")
 
 
-def check_labels(operator: str, labels: Tensor, batch: int, num_classes: int, ignore_index: int) -> None:
-    """Integer labels ``[B, H, W]`` whose values are classes or the ignore index.
-
-    Values are looked at on the CPU only: on a GPU it would stop the host, so an assertion runs on the device instead.
-    """
+def check_labels(operator: str, labels: Tensor, batch: int, num_classes: int) -> None:
+    """Integer labels ``[B, H, W]``; the values are looked at by whoever reads them."""
     if labels.dim() != 3 or labels.shape[0] != batch:
         raise ValueError(f"{operator}: labels must be [B, H, W] with B = {batch}, got shape {tuple(labels.shape)}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"{operator}: labels must have an integer dtype, got {labels.dtype}")
     if num_classes < 1:
         raise ValueError(f"{operator}: num_classes must be positive, got {num_classes}")
+
+
+def wrong_labels(operator: str, values: list[int], num_classes: int, ignore_index: int) -> ValueError:
+    """The error for labels that are neither classes nor ignored."""
+    return ValueError(
+        f"{operator}: labels hold {', '.join(map(str, values))}, expected classes in 0..{num_classes - 1} "
+        f"or the ignore index {ignore_index}"
+    )
+
+
+def check_label_values(operator: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Every label is a class or the ignore index; on a GPU an assertion on the device, which the host does not await.
+
+    For implementations that do not look themselves.
+    """
     if labels.numel() == 0 or torch.compiler.is_compiling() or isinstance(labels, FakeTensor):
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
     if labels.device.type != "cpu":
         torch._assert_async(~wrong.any(), f"{operator}: a label is neither a class in 0..{num_classes - 1} nor ignored")
     elif wrong.any():
-        values = sorted(set(labels[wrong].tolist()))[:5]
-        raise ValueError(
-            f"{operator}: labels hold {', '.join(map(str, values))}, expected classes in 0..{num_classes - 1} "
-            f"or the ignore index {ignore_index}"
-        )
+        raise wrong_labels(operator, sorted(set(labels[wrong].tolist()))[:5], num_classes, ignore_index)
 
 
 def check_memory(operator: str, memory: Tensor, channels: int) -> None:
@@ -50,12 +58,25 @@ def check_memory(operator: str, memory: Tensor, channels: int) -> None:
 
 
 def check_noise(operator: str, noise: Tensor | None, features: Tensor, slots: int, temperature: float) -> None:
-    """Noise ``[B, K, h, w]`` or None, and a positive temperature."""
+    """Noise ``[B, K, h, w]``, a seed (int64, one element) or None, and a positive temperature."""
     expected = (features.shape[0], slots, *features.shape[2:])
-    if noise is not None and tuple(noise.shape) != expected:
+    if noise is not None and noise.dtype == torch.int64:
+        if noise.numel() != 1:
+            raise ValueError(f"{operator}: a seed of noise must have one element, got shape {tuple(noise.shape)}")
+    elif noise is not None and tuple(noise.shape) != expected:
         raise ValueError(f"{operator}: noise must be [B, K, h, w] = {expected}, got shape {tuple(noise.shape)}")
     if not temperature > 0:
         raise ValueError(f"{operator}: temperature must be positive, got {temperature}")
+
+
+def check_values(operator: str, values: Tensor | None, slots: int) -> None:
+    """Values ``[K, D]`` with one row a slot, or None."""
+    if values is None:
+        return
+    if values.dim() != 2 or values.shape[0] != slots:
+        raise ValueError(f"{operator}: values must be [K, D] with K = {slots}, got shape {tuple(values.shape)}")
+    if values.dtype not in _FLOATS:
+        raise ValueError(f"{operator}: values must be floating point, got {values.dtype}")
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:

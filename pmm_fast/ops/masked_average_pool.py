@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from pmm_fast.ops import reference
-from pmm_fast.ops.backends import dispatch, register
+from pmm_fast.ops.backends import dispatch, register, register_kernels
+from pmm_fast.ops.chain import empty_map, kernels, refuse_third_order
 from pmm_fast.ops.checks import check_labels, check_map, check_memory, no_autocast
 
-register("masked_average_pool", "reference", reference.masked_average_pool)
-register("update_memory", "reference", reference.update_memory)
+_NAME = "masked_average_pool"
 
 
 def masked_average_pool(
@@ -36,16 +39,103 @@ def masked_average_pool(
         without a labelled tap has mass 0 and sums 0.
 
     Raises:
-        ValueError: wrong shape or dtype, or a label outside the range (values and range are named).
+        ValueError: wrong shape or dtype, or a label outside the range (values and range are named; kernels look at
+            the pixels that the sampling touches, the reference at all).
 
     Note:
-        Differentiable in ``features`` to any order (reference backend).  Paper, section "memory update"; released
-        code ``network/memory.py:206-239``.
+        Differentiable twice in ``features`` (reference backend: to any order); a third derivative raises
+        ``RuntimeError``.  Formulas: docs/ops/masked_average_pool.md.  Paper, section "memory update"; released code
+        ``network/memory.py:206-239``.
     """
-    check_map("masked_average_pool", "features", features)
-    check_labels("masked_average_pool", labels, features.shape[0], num_classes, ignore_index)
+    check_map(_NAME, "features", features)
+    check_labels(_NAME, labels, features.shape[0], num_classes)
     with no_autocast(features):
-        return dispatch("masked_average_pool", features, labels, num_classes, ignore_index, normalize)
+        return dispatch(_NAME, features, labels, num_classes, ignore_index, normalize)
+
+
+@torch.library.custom_op("pmm_fast::masked_average_pool", mutates_args=())
+def _forward(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return kernels(_NAME, backend).forward(features, labels, num_classes, ignore_index, normalize)
+
+
+@torch.library.custom_op("pmm_fast::masked_average_pool_backward", mutates_args=())
+def _backward(
+    grad_sums: Tensor, features: Tensor, labels: Tensor, ignore_index: int, normalize: bool, backend: str
+) -> Tensor:
+    return kernels(_NAME, backend).backward(grad_sums, features, labels, ignore_index, normalize)
+
+
+@torch.library.custom_op("pmm_fast::masked_average_pool_double_backward", mutates_args=())
+def _double_backward(
+    grad_grad_features: Tensor,
+    grad_sums: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    function = kernels(_NAME, backend).double_backward
+    return function(grad_grad_features, grad_sums, features, labels, ignore_index, normalize)
+
+
+@_forward.register_fake
+def _(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.compute_dtype(features.dtype)
+    return (
+        features.new_empty((num_classes, features.shape[1]), dtype=dtype),
+        features.new_empty((num_classes,), dtype=dtype),
+    )
+
+
+@_backward.register_fake
+def _(grad_sums: Tensor, features: Tensor, labels: Tensor, ignore_index: int, normalize: bool, backend: str) -> Tensor:
+    return empty_map(features, features.shape[1])
+
+
+@_double_backward.register_fake
+def _(
+    grad_grad_features: Tensor,
+    grad_sums: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad_sums, memory_format=torch.contiguous_format), empty_map(features, features.shape[1])
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, labels, _, *ctx.options = inputs
+    ctx.save_for_backward(features, labels)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_forward(ctx: Any, grad_sums: Tensor, grad_mass: None) -> tuple[Tensor | None, ...]:
+    features, labels = ctx.saved_tensors
+    return (_backward(grad_sums, features, labels, *ctx.options), *(None,) * 5)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_sums, features, labels, *ctx.options = inputs
+    ctx.save_for_backward(grad_sums, features, labels)
+
+
+def _differentiate_backward(ctx: Any, grad_grad_features: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_double_backward(grad_grad_features, *ctx.saved_tensors, *ctx.options), *(None,) * 4)
+
+
+_forward.register_autograd(_differentiate_forward, setup_context=_save_forward)
+_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
+_double_backward.register_autograd(refuse_third_order(_NAME))
+
+register(_NAME, "reference", reference.masked_average_pool)
+register_kernels(_NAME, _forward)
 
 
 def update_memory(
@@ -72,7 +162,8 @@ def update_memory(
         ValueError: shapes that do not fit, or momentum outside [0, 1].
 
     Note:
-        Differentiable in all three tensors to any order.  Released code ``network/memory.py:234-257``.
+        Differentiable in all three tensors to any order.  K x C numbers: plain PyTorch, whatever the backend.  Released
+        code ``network/memory.py:234-257``.
     """
     check_memory("update_memory", memory, sums.shape[-1])
     if sums.shape != memory.shape or mass.shape != memory.shape[:1]:
@@ -83,4 +174,4 @@ def update_memory(
     if not 0 <= momentum <= 1:
         raise ValueError(f"update_memory: momentum must lie in [0, 1], got {momentum}")
     with no_autocast(memory):
-        return dispatch("update_memory", memory, sums, mass, momentum)
+        return reference.update_memory(memory, sums, mass, momentum)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmm_fast.ops.checks import check_label_values
+
 # below this squared norm a vector counts as zero (F.normalize clamps the norm itself at 1e-12)
 ZERO_SQUARED_NORM = 1e-24
 
@@ -19,6 +21,16 @@ ZERO_SQUARED_NORM = 1e-24
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type sums, norms and softmax are computed in: float64 for float64 inputs, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_compute_dtype(
+    features: Tensor, memory: Tensor, values: Tensor | None, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and noise of a read in the type it computes in; a seed stays a seed."""
+    dtype = compute_dtype(features.dtype)
+    keys = memory.to(dtype)
+    values = keys if values is None else values.to(dtype)
+    return keys, values, noise if noise is None or noise.dtype == torch.int64 else noise.to(dtype)
 
 
 def normalize(x: Tensor, dim: int) -> Tensor:
@@ -65,6 +77,7 @@ def masked_average_pool(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255, normalize_features: bool = True
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pmm_fast.ops.masked_average_pool`."""
+    check_label_values("masked_average_pool", labels, num_classes, ignore_index)
     dtype = compute_dtype(features.dtype)
     features = features.to(dtype)
     if normalize_features:
@@ -83,20 +96,65 @@ def update_memory(memory: Tensor, sums: Tensor, mass: Tensor, momentum: float) -
 
 
 def memory_read(
-    features: Tensor, memory: Tensor, noise: Tensor | None = None, temperature: float = 1.0
+    features: Tensor,
+    memory: Tensor,
+    noise: Tensor | None = None,
+    temperature: float = 1.0,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pmm_fast.ops.memory_read`."""
-    dtype = compute_dtype(features.dtype)
-    memory = memory.to(dtype)
-    scores = torch.einsum("bchw,kc->bkhw", normalize(features.to(dtype), 1), memory)
+    keys, values, noise = to_compute_dtype(features, memory, values, noise)
+    scores = torch.einsum("bchw,kc->bkhw", normalize(features.to(keys.dtype), 1), keys)
     weights = assignment(scores, noise, temperature)
-    return torch.einsum("bkhw,kc->bchw", weights, memory).to(features.dtype), scores
+    return torch.einsum("bkhw,kd->bdhw", weights, values).to(features.dtype), scores
 
 
 def assignment(scores: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """The weights of the read: softmax over slots of (scores + noise) / temperature, ``[B, K, h, w]``."""
-    logits = scores if noise is None else scores + noise.to(scores.dtype)
-    return torch.softmax(logits / temperature, 1)
+    if noise is not None:
+        if noise.dtype == torch.int64:
+            noise = seeded_gumbel_noise(noise, tuple(scores.shape), scores.dtype)
+        scores = scores + noise.to(scores.dtype)
+    return torch.softmax(scores / temperature, 1)
+
+
+def seeded_gumbel_noise(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard Gumbel noise ``[B, K, h, w]`` as a function of a seed, the same on every device and backend.
+
+    Slot k of position i = (b h + y) w + x takes word k mod 4 of Philox-4x32-10 with key (low, high word of the seed) and
+    counter (low, high word of i, k div 4, 0); the word's upper 23 bits give u, and the noise is -log(-log u)
+    (docs/ops/memory_read.md).
+
+    Args:
+        seed: int64, one element; on the device that the noise is wanted on.
+        shape: (B, K, h, w).
+        dtype: of the result.
+    """
+    batch, slots, height, width = shape
+    position = torch.arange(batch * height * width, device=seed.device).unsqueeze(1)
+    group = torch.arange((slots + 3) // 4, device=seed.device).expand(len(position), -1)
+    position = position.expand_as(group)
+    counter = [position & _WORD, position >> 32, group, torch.zeros_like(group)]
+    key = [seed.reshape(()) & _WORD, (seed.reshape(()) >> 32) & _WORD]
+    words = torch.stack(_philox_4x32_10(counter, key), 2).flatten(1)[:, :slots]
+    uniform = ((words >> 9).to(dtype) + 0.5) * 2.0**-23
+    return -(-uniform.log()).log().reshape(batch, height, width, slots).permute(0, 3, 1, 2)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _philox_4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Four 32-bit words a counter, as int64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # the 64-bit products wrap in int64; the shift fills with the sign, which the mask removes
+        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        high0, high2 = (product0 >> 32) & _WORD, (product2 >> 32) & _WORD
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, product2 & _WORD, high0 ^ c3 ^ k1, product0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
 
 
 def memory_pass(
@@ -107,9 +165,10 @@ def memory_pass(
     noise: Tensor | None = None,
     temperature: float = 1.0,
     ignore_index: int = 255,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pmm_fast.ops.memory_pass`."""
-    read, scores = memory_read(features, memory, noise, temperature)
+    read, scores = memory_read(features, memory, noise, temperature, values)
     sums, mass = masked_average_pool(written, labels, memory.shape[0], ignore_index)
     return read, scores, sums, mass
 
@@ -118,6 +177,7 @@ def upsample_cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int = 255, align_corners: bool = True
 ) -> Tensor:
     """See :func:`pmm_fast.ops.upsample_cross_entropy`."""
+    check_label_values("upsample_cross_entropy", labels, logits.shape[1], ignore_index)
     logits = logits.to(compute_dtype(logits.dtype))
     size = (labels.shape[1], labels.shape[2])
     if logits.numel() == 0 or labels.numel() == 0:
