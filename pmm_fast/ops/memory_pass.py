@@ -233,7 +233,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _differentiate_forward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    features, written, labels, keys, values, noise = ctx.needs_input_grad[:6]
+    features, written, _, keys, values, noise = ctx.needs_input_grad[:6]
     mask = [features, written, keys, values, noise]
     *grads_out, _ = incoming
     if all(grad is None for grad in grads_out):

@@ -1,0 +1,17 @@
+// The entry points of one instruction set.
+#pragma once
+
+#include <omp.h>
+
+#include "args.h"
+
+namespace pmm::PMM_ISA {
+
+inline int thread_number() { return omp_get_thread_num(); }
+
+int64_t pass_workspace(const PassArgs&);
+bool pass(const PassArgs&);
+int64_t loss_workspace(const LossArgs&);
+bool loss(const LossArgs&);
+
+}  // namespace pmm::PMM_ISA
