@@ -1,9 +1,9 @@
 """Build script.  Metadata is declared in pyproject.toml; this compiles ``pmm_fast._C`` and ``pmm_fast._CUDA``.
 
-Neither needs torch, here or when it is loaded.  ``PMM_FAST_BUILD`` chooses: ``auto`` (default: what compilers are there
-for; a failure is reported and the installation goes on without), ``none``, ``cpu`` (must succeed), ``cuda`` (CPU and CUDA
-must succeed).  ``PMM_FAST_CUDA_ARCHS`` lists compute capabilities, ``80 90`` by default.  What became of it is written
-to ``pmm_fast/_build.json``, which ``pmm_fast.ops.explain`` and ``python -m pmm_fast.doctor`` show.
+Neither needs torch, here or when it is loaded.  ``PMM_FAST_BUILD`` chooses: ``auto`` (default: what compilers are
+there for; a failure is reported and the installation goes on without), ``none``, ``cpu`` (must succeed), ``cuda`` (CPU
+and CUDA must succeed).  ``PMM_FAST_CUDA_ARCHS`` lists compute capabilities, ``80 90`` by default.  What became of it is
+written to ``pmm_fast/_build.json``, which ``pmm_fast.ops.explain`` and ``python -m pmm_fast.doctor`` show.
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ class BuildExtensions(build_ext):
     """Compiles each module with ninja and reports what happened."""
 
     def run(self) -> None:
+        self.results: dict[str, str] = {}
         super().run()
         report = {name: self.results.get(name, f"PMM_FAST_BUILD={choice()} when it was installed") for name in BUILDS}
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
@@ -162,8 +163,6 @@ class BuildExtensions(build_ext):
         (package / "pmm_fast" / "_build.json").write_text(json.dumps(report, indent=2) + "\n")
         for name, result in report.items():
             print(f"pmm_fast.{name}: {result}", file=sys.stderr)
-
-    results: dict[str, str] = {}
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]

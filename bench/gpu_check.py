@@ -136,7 +136,7 @@ def table(record: dict) -> str:
     if rows := record.get("memory_ops"):
         lines += [
             "",
-            "| operator | size | dtype | backend | pass | ms | of copy bandwidth | x released | x reference |",
+            "| operator | size | dtype | backend | pass | ms | of bandwidth | x released | x reference |",
         ]
         lines.append("|---|---|---|---|---|---|---|---|---|")
         for row in rows:

@@ -29,9 +29,9 @@ def memory_read(
     Args:
         features: ``[B, C, h, w]``, float64, float32, bf16 or fp16, any strides.
         memory: ``[K, C]``, rows of unit norm (they are not normalised again).
-        noise: ``[B, K, h, w]`` Gumbel noise (:func:`gumbel_noise`); or an int64 tensor of one element, a seed from which
-            every backend draws the noise of :func:`seeded_gumbel_noise` without storing it; or None for the plain
-            softmax.
+        noise: ``[B, K, h, w]`` Gumbel noise (:func:`gumbel_noise`); or an int64 tensor of one element, a seed from
+            which every backend draws the noise of :func:`seeded_gumbel_noise` without storing it; or None for the
+            plain softmax.
         temperature: of the softmax, positive.
         values: ``[K, D]``, what is averaged; None for the memory itself.  The memory projected beforehand, for one.
 

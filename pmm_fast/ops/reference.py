@@ -121,8 +121,8 @@ def assignment(scores: Tensor, noise: Tensor | None = None, temperature: float =
 def seeded_gumbel_noise(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard Gumbel noise ``[B, K, h, w]`` as a function of a seed, the same on every device and backend.
 
-    Slot k of position i = (b h + y) w + x takes word k mod 4 of Philox-4x32-10 with key (low, high word of the seed) and
-    counter (low, high word of i, k div 4, 0); the word's upper 23 bits give u, and the noise is -log(-log u)
+    Slot k of position i = (b h + y) w + x takes word k mod 4 of Philox-4x32-10 with key (low, high word of the seed)
+    and counter (low, high word of i, k div 4, 0); the word's upper 23 bits give u, and the noise is -log(-log u)
     (docs/ops/memory_read.md).
 
     Args:

@@ -38,7 +38,7 @@ def readable_labels(labels: Tensor) -> Tensor:
 
 def common(features: Tensor, labels: Tensor | None) -> dict[str, Any]:
     """The fields that every kernel takes."""
-    batch, channels, height, width = features.shape
+    batch, _, height, width = features.shape
     fields = {
         "type": _TYPES[features.dtype],
         "batch": batch,

@@ -29,9 +29,11 @@ def backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of features, keys, values and noise; empty where ``mask`` does not ask for them."""
-    incoming, maps = (grad_read, grad_scores, None), (features, None, _NO_LABELS, keys, values, noise)
     wanted = [mask[0], False, *mask[1:]]
-    of_features, _, of_keys, of_values, of_noise = memory_pass.backward(*incoming, *maps, temperature, 0, wanted, _NAME)
+    incoming = (grad_read, grad_scores, None)
+    of_features, _, of_keys, of_values, of_noise = memory_pass.backward(
+        *incoming, features, None, _NO_LABELS, keys, values, noise, temperature, 0, wanted, _NAME
+    )
     return of_features, of_keys, of_values, of_noise
 
 
@@ -51,9 +53,9 @@ def double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of grad_read, grad_scores, features, keys, values and noise; empty where not asked for."""
     incoming = (grad_grad_features, None, grad_grad_keys, grad_grad_values, grad_grad_noise)
-    maps = (features, None, _NO_LABELS, keys, values, noise)
+    memory = (keys, values, noise, temperature)
     wanted = [mask[0], mask[1], False, mask[2], False, *mask[3:]]
     of_read, of_scores, _, of_features, _, of_keys, of_values, of_noise = memory_pass.double_backward(
-        *incoming, grad_read, grad_scores, None, *maps, temperature, 0, wanted, _NAME
+        *incoming, grad_read, grad_scores, None, features, None, _NO_LABELS, *memory, 0, wanted, _NAME
     )
     return of_read, of_scores, of_features, of_keys, of_values, of_noise
