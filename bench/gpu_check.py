@@ -61,7 +61,7 @@ def steps(scratch: Path) -> list[tuple[str, list[object], int]]:
         ("build", install, 180),
         ("doctor", [PYTHON, "-m", "pmm_fast.doctor"], 90),
         ("tests", [*test, "-m", "gpu and not slow", "tests"], 200),
-        ("memory_ops", [PYTHON, "bench/memory_ops.py", "--json", scratch / "memory_ops.json"], 150),
+        ("memory_ops", [PYTHON, "bench/memory_ops.py", "--limit", "120", "--json", scratch / "memory_ops.json"], 150),
         ("meta_step", [PYTHON, "bench/meta_step.py", "--json", scratch / "meta_step.json"], 60),
         ("memcheck", [*sanitize, "memcheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
         ("racecheck", [*sanitize, "racecheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
