@@ -1,9 +1,10 @@
 """Build script.  Metadata is declared in pyproject.toml; this compiles ``pmm_fast._C`` and ``pmm_fast._CUDA``.
 
 Neither needs torch, here or when it is loaded.  ``PMM_FAST_BUILD`` chooses: ``auto`` (default: what compilers are
-there for; a failure is reported and the installation goes on without), ``none``, ``cpu`` (must succeed), ``cuda`` (CPU
-and CUDA must succeed).  ``PMM_FAST_CUDA_ARCHS`` lists compute capabilities, ``80 90`` by default.  What became of it is
-written to ``pmm_fast/_build.json``, which ``pmm_fast.ops.explain`` and ``python -m pmm_fast.doctor`` show.
+there for, CUDA only where a driver is; a failure is reported and the installation goes on without), ``none``, ``cpu``
+(must succeed), ``cuda`` (CPU and CUDA must succeed).  ``PMM_FAST_CUDA_ARCHS`` lists compute capabilities, ``80 90`` by
+default.  What became of it is written to ``pmm_fast/_build.json``, which ``pmm_fast.ops.explain`` and ``python -m
+pmm_fast.doctor`` show.
 """
 
 from __future__ import annotations
@@ -57,7 +58,12 @@ def find_cxx() -> str:
 
 
 def find_nvcc() -> str:
-    """The CUDA compiler: on the path, else below ``CUDA_HOME``."""
+    """The CUDA compiler: on the path, else below ``CUDA_HOME``.
+
+    Without a driver it is not looked for, unless it was asked for: compiling takes minutes.
+    """
+    if choice() == "auto" and not shutil.which("nvidia-smi"):
+        raise BuildError("no NVIDIA driver was found when it was installed (PMM_FAST_BUILD=cuda compiles it anyway)")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     for name in ("nvcc", str(Path(home) / "bin" / "nvcc")):
         if path := shutil.which(name):
@@ -108,7 +114,8 @@ def rule(name: str, command: str) -> list[str]:
 def cpu_build(output: Path) -> list[str]:
     """The ninja file of ``_C``: every kernel once per instruction set."""
     cxx = find_cxx()
-    version = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    answer = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True).stdout.splitlines()
+    version = answer[0] if answer else cxx
     lines = rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out")
     lines += ["rule link", f"  command = {cxx} -shared -fopenmp $in -o $out"]
     sources, objects = ROOT / "csrc" / "cpu", []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,32 +14,44 @@ from pathlib import Path
 
 import pytest
 
+import pmm_fast
 from tests import repository
 
 COPIED = ("pmm_fast", "kernels", "csrc", "bench", "docs", "tests")
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
 
 
-def build(kind: str, source: Path, target: Path) -> Path:
-    """The file that setuptools makes of a source tree, without network or isolation; ``kind``: sdist or wheel."""
+def run_build(kind: str, source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """setuptools on a source tree, without network or isolation; ``kind``: sdist or wheel."""
     target.mkdir(exist_ok=True)
     command = [sys.executable, "-c", BUILD, kind, str(target)]
-    run = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    return subprocess.run(command, cwd=source, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def build(kind: str, source: Path, target: Path, **environment: str) -> Path:
+    """The file that setuptools makes; without compiled modules unless the environment says otherwise."""
+    run = run_build(kind, source, target, **({"PMM_FAST_BUILD": "none"} | environment))
     assert run.returncode == 0, run.stderr
     return target / run.stdout.splitlines()[-1]
+
+
+def copy_source(target: Path) -> Path:
+    """The repository's files, as a checkout would have them."""
+    compiled = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+    # git keeps no empty folders
+    for name in (name for name in COPIED if (repository.ROOT / name).is_dir()):
+        shutil.copytree(repository.ROOT / name, target / name, ignore=compiled)
+    for path in repository.ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, target)
+    return target
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """File names in the sdist, below its folder, and in a wheel that was made from the sdist alone."""
     folder = tmp_path_factory.mktemp("build")
-    source = folder / "source"
-    # git keeps no empty folders
-    for name in (name for name in COPIED if (repository.ROOT / name).is_dir()):
-        shutil.copytree(repository.ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in repository.ROOT.iterdir():
-        if path.is_file():
-            shutil.copy(path, source)
+    source = copy_source(folder / "source")
     with tarfile.open(build("sdist", source, folder)) as archive:
         sdist = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
         archive.extractall(folder / "unpacked", filter="data")
@@ -68,3 +83,38 @@ def test_wheel_holds_nothing_else_at_the_top(built):
 
 def test_nothing_compiled_is_shipped(built):
     assert not [name for names in built for name in names if name.endswith((".pyc", ".so"))]
+
+
+def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path):
+    source = copy_source(tmp_path / "source")
+    wheel = build("wheel", source, tmp_path / "wheels", PMM_FAST_BUILD="auto", CXX="false")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        report = json.loads(archive.read("pmm_fast/_build.json"))
+    assert not [name for name in names if name.endswith(".so")]
+    assert report["_C"].startswith("compiling failed") and report["_CUDA"] != "built"
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("cpu", r"pmm_fast\._C: compiling failed.*\(PMM_FAST_BUILD=cpu demands it\)"),
+        ("gpu", r"PMM_FAST_BUILD is 'gpu'; expected one of auto, none, cpu, cuda"),
+    ],
+)
+def test_what_is_demanded_must_be_built(tmp_path, choice, message):
+    source = copy_source(tmp_path / "source")
+    run = run_build("wheel", source, tmp_path / "wheels", PMM_FAST_BUILD=choice, CXX="false")
+    assert run.returncode != 0 and re.search(message, run.stderr)
+
+
+def test_metadata_needs_no_torch_and_no_compiler(tmp_path):
+    code = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = ['setup.py', '--version']; "
+    run = subprocess.run(
+        [sys.executable, "-c", code + "runpy.run_path('setup.py', run_name='__main__')"],
+        cwd=repository.ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CXX": "false", "PMM_FAST_BUILD": "auto"},
+    )
+    assert run.stdout.splitlines()[-1] == pmm_fast.__version__, run.stderr

@@ -65,6 +65,14 @@ inline void position_offsets(const Map& map, const Run& run, int64_t* offsets) {
   }
 }
 
+// A tile's rows are as far apart as the channels, too far for the hardware to see that the next tile lies beside it.
+template <class R>
+inline void prefetch_next(const R* data, int64_t stride, int64_t channels) {
+  constexpr int kLine = 64 / sizeof(R);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int i = 0; i < kTile<R>; i += kLine) __builtin_prefetch(data + c * stride + kTile<R> + i, 0, 2);
+}
+
 // The tile where it lies, if it has the right form; otherwise a copy in `buffer`, zero beyond the run.
 template <class T, class R>
 Tile<R> load_tile(const Map& map, const Run& run, int64_t channels, bool flat, R* buffer) {
@@ -74,7 +82,10 @@ Tile<R> load_tile(const Map& map, const Run& run, int64_t channels, bool flat, R
   if (flat) {
     data += run.image * map.strides[0] + run.start;
     if constexpr (std::is_same_v<T, R>)
-      if (run.count == P) return {data, stride};
+      if (run.count == P) {
+        prefetch_next(data, stride, channels);
+        return {data, stride};
+      }
     for (int64_t c = 0; c < channels; ++c) {
       const T* from = data + c * stride;
       R* to = buffer + c * P;

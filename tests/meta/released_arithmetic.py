@@ -15,12 +15,14 @@ from torch import Tensor
 
 from pmm_fast.models import MemoryFusion, MemoryWriter
 from pmm_fast.models.deeplabv3plus import ASPP
-from pmm_fast.ops import backends
+from pmm_fast.ops import backends, reference
 
 
-def memory_read(features: Tensor, memory: Tensor, noise: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def memory_read(
+    features: Tensor, memory: Tensor, noise: Tensor | None, temperature: float, values: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Positions as rows; the normalised features are left on the read for the fusion, which must not redo them."""
-    assert noise is None and temperature == 1
+    assert noise is None and temperature == 1 and values is None
     batch, channels, height, width = features.shape
     query = F.normalize(features.clone(), dim=1).permute(0, 2, 3, 1).contiguous()
     scores = torch.matmul(query, memory.t())
@@ -52,8 +54,9 @@ def memory_pass(
     noise: Tensor | None,
     temperature: float,
     ignore: int,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    read, scores = memory_read(features, memory, noise, temperature)
+    read, scores = memory_read(features, memory, noise, temperature, values)
     return read, scores, *masked_average_pool(written, labels, len(memory), ignore)
 
 
@@ -88,8 +91,10 @@ def pyramid(self: ASPP, x: Tensor) -> Tensor:
 def install(monkeypatch) -> None:
     """Put these functions in place of ours until the monkeypatch is undone."""
     monkeypatch.setattr(backends, "_implementations", dict(backends._implementations))
-    for function in (memory_read, masked_average_pool, memory_pass, update_memory):
+    monkeypatch.setenv("PMM_FAST_BACKEND", "reference")
+    for function in (memory_read, masked_average_pool, memory_pass):
         backends.register(function.__name__, "reference", function)
+    monkeypatch.setattr(reference, "update_memory", update_memory)
     monkeypatch.setattr(MemoryWriter, "forward", write)
     monkeypatch.setattr(MemoryFusion, "forward", fuse)
     monkeypatch.setattr(ASPP, "forward", pyramid)
