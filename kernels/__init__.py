@@ -1,1 +1,1 @@
-"""Triton kernels, one file an operator, installed as ``pmm_fast.kernels``: launchers only, no autograd.  None yet."""
+"""Triton kernels, one file an operator, installed as ``pmm_fast.kernels``: launchers only, no autograd."""

@@ -1,0 +1,66 @@
+"""masked_average_pool on a GPU: class sums of normalised features (formulas: docs/ops/masked_average_pool.md).
+
+Letters: B images, C channels, K classes, h x w positions, H x W label pixels.
+"""
+
+from __future__ import annotations
+
+from pmm_fast.kernels._common import as_labels, as_map, check_labels, empty_map
+from pmm_fast.kernels._walk import (
+    backward_kernel,
+    double_backward_kernel,
+    forward_kernel,
+    launch,
+    measure,
+    total,
+)
+from torch import Tensor
+
+_NAME = "masked_average_pool"
+
+
+def forward(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """``sums [K, C]`` and ``mass [K]`` of ``features [B, C, h, w]`` and ``labels [B, H, W]``."""
+    check_labels(_NAME, labels, num_classes, ignore_index)
+    sizes = measure(features, num_classes, None, labels)
+    sums = sizes.partial(True, num_classes, features.shape[1])
+    mass = sizes.partial(True, num_classes)
+    maps = (as_map(features), None, as_labels(labels, ignore_index))
+    launch(forward_kernel, sizes, *maps, *(None,) * 5, sums, mass, sizes.grid, NORMALIZE=normalize)
+    return total(sums, features), total(mass, features)
+
+
+def backward(grad_sums: Tensor, features: Tensor, labels: Tensor, ignore_index: int, normalize: bool) -> Tensor:
+    """The gradient of ``features`` from ``grad_sums [K, C]``."""
+    sizes = measure(features, grad_sums.shape[0], None, labels)
+    grad_features = empty_map(features, features.shape[1])
+    read = as_map(features) if normalize else None
+    incoming = (None, None, grad_sums.contiguous(), read, as_labels(labels, ignore_index))
+    outputs = (as_map(grad_features), None, None, None)
+    launch(backward_kernel, sizes, *incoming, None, None, None, *outputs, sizes.grid)
+    return grad_features
+
+
+def double_backward(
+    grad_grad_features: Tensor,
+    grad_sums: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``grad_sums`` and ``features`` from that of :func:`backward`'s result."""
+    if not normalize:
+        # backward does not see the features, and is the transpose of forward
+        sums, _ = forward(grad_grad_features, labels, grad_sums.shape[0], ignore_index, False)
+        return sums, empty_map(features, features.shape[1]).zero_()
+    sizes = measure(features, grad_sums.shape[0], None, labels)
+    for_sums = sizes.partial(True, *grad_sums.shape)
+    for_features = empty_map(features, features.shape[1])
+    incoming = (as_map(grad_grad_features), *(None,) * 5, grad_sums.contiguous())
+    saved = (as_map(features), as_labels(labels, ignore_index), None, None, None)
+    outputs = (None, None, for_sums, as_map(for_features), None, None, None)
+    launch(double_backward_kernel, sizes, *incoming, *saved, *outputs, sizes.grid)
+    return total(for_sums, features), for_features

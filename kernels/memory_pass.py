@@ -1,0 +1,211 @@
+"""memory_pass on a GPU: the read of features and the pool of written features in one walk (docs/ops/memory_pass.md).
+
+Letters: B images, C channels, D channels of the values, K slots or classes, h x w positions, H x W label pixels.
+"""
+
+from __future__ import annotations
+
+from pmm_fast.kernels import masked_average_pool
+from pmm_fast.kernels._common import Map, as_labels, as_map, check_labels, empty_map
+from pmm_fast.kernels._walk import (
+    Sizes,
+    as_memory,
+    backward_kernel,
+    double_backward_kernel,
+    forward_kernel,
+    launch,
+    measure,
+    total,
+)
+from torch import Tensor
+
+_NAME = "memory_pass"
+
+
+def forward(
+    features: Tensor,
+    written: Tensor | None,
+    labels: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    noise: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``read [B, D, h, w]``, ``scores [B, K, h, w]``, ``sums [K, C]`` and ``mass [K]``, in one kernel.
+
+    Args:
+        written: what is pooled; None: the features themselves.
+        labels: None: nothing is pooled, and sums and mass are empty.
+    """
+    slots, channels = keys.shape
+    if labels is not None:
+        check_labels(_NAME, labels, slots, ignore_index)
+    sizes = measure(features, slots, values, labels)
+    read = empty_map(features, values.shape[1])
+    scores = keys.new_empty((features.shape[0], slots, *features.shape[2:]))
+    sums = sizes.partial(labels is not None, slots, channels)
+    mass = sizes.partial(labels is not None, slots)
+    inputs = (as_map(features), as_map(written), as_labels(labels, ignore_index))
+    outputs = (as_map(read), as_map(scores), sums, mass)
+    memory = as_memory(keys, values, noise, temperature)
+    launch(forward_kernel, sizes, *inputs, *memory, *outputs, sizes.grid, NORMALIZE=True)
+    return read, scores, total(sums, keys), total(mass, keys)
+
+
+def _wanted_map(wanted: bool, like: Tensor, channels: int) -> tuple[Tensor, Map | None]:
+    """A fresh gradient like the features, and how a kernel takes it; empty and None where it is not wanted."""
+    if not wanted:
+        return like.new_empty((0,)), None
+    gradient = empty_map(like, channels)
+    return gradient, as_map(gradient)
+
+
+def _wanted_slots(wanted: bool, sizes: Sizes, keys: Tensor) -> tuple[Tensor, Map | None]:
+    """A fresh gradient ``[B, K, h, w]`` of scores or noise, likewise."""
+    if not wanted:
+        return keys.new_empty((0,)), None
+    gradient = keys.new_empty((sizes.grid.images, keys.shape[0], *sizes.shape))
+    return gradient, as_map(gradient)
+
+
+def _is_map(noise: Tensor | None) -> bool:
+    """Whether noise has a gradient: a seed has none."""
+    return noise is not None and noise.dtype.is_floating_point
+
+
+def one_backward(
+    grad_read: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_sums: Tensor | None,
+    features: Tensor,
+    labels: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    noise: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of features, keys, values and noise of features that were read and, given grad_sums, pooled."""
+    labels = None if grad_sums is None else labels
+    sizes = measure(features, keys.shape[0], values, labels)
+    grad_features, features_map = _wanted_map(mask[0], features, features.shape[1])
+    grad_keys, grad_values = sizes.partial(mask[1], *keys.shape), sizes.partial(mask[2], *values.shape)
+    grad_noise, noise_map = _wanted_slots(mask[3] and _is_map(noise), sizes, keys)
+    incoming = (as_map(grad_read), as_map(grad_scores), None if grad_sums is None else grad_sums.contiguous())
+    inputs = (as_map(features), as_labels(labels, ignore_index), *as_memory(keys, values, noise, temperature))
+    outputs = (features_map, grad_keys, grad_values, noise_map)
+    launch(backward_kernel, sizes, *incoming, *inputs, *outputs, sizes.grid)
+    return grad_features, total(grad_keys, keys), total(grad_values, values), grad_noise
+
+
+def backward(
+    grad_read: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_sums: Tensor | None,
+    features: Tensor,
+    written: Tensor | None,
+    labels: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    noise: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of features, written, keys, values and noise; one that ``mask`` leaves out is empty.
+
+    Two tensors share no data, so each half is its own kernel.
+    """
+    pooled = grad_sums if written is None else None
+    grad_features, *rest = one_backward(
+        *(grad_read, grad_scores, pooled, features, labels, keys, values, noise, temperature, ignore_index),
+        [mask[0], *mask[2:]],
+    )
+    if written is None or not mask[1]:
+        grad_written = features.new_empty((0,))
+    elif grad_sums is None:
+        grad_written = empty_map(written, written.shape[1]).zero_()
+    else:
+        grad_written = masked_average_pool.backward(grad_sums, written, labels, ignore_index, True)
+    return (grad_features, grad_written, *rest)
+
+
+def one_double_backward(
+    grad_grad_features: Tensor | None,
+    grad_grad_keys: Tensor | None,
+    grad_grad_values: Tensor | None,
+    grad_grad_noise: Tensor | None,
+    grad_read: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_sums: Tensor | None,
+    features: Tensor,
+    labels: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    noise: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of grad_read, grad_scores, grad_sums, features, keys, values and noise of :func:`one_backward`."""
+    labels = None if grad_sums is None else labels
+    sizes = measure(features, keys.shape[0], values, labels)
+    for_read, read_map = _wanted_map(mask[0], features, values.shape[1])
+    for_scores, scores_map = _wanted_slots(mask[1], sizes, keys)
+    for_sums = sizes.partial(mask[2] and labels is not None, *keys.shape)
+    for_features, features_map = _wanted_map(mask[3], features, features.shape[1])
+    for_keys, for_values = sizes.partial(mask[4], *keys.shape), sizes.partial(mask[5], *values.shape)
+    for_noise, noise_map = _wanted_slots(mask[6] and _is_map(noise), sizes, keys)
+    matrices = (None if x is None else x.contiguous() for x in (grad_grad_keys, grad_grad_values))
+    incoming = (as_map(grad_grad_features), *matrices, as_map(grad_grad_noise))
+    saved = (as_map(grad_read), as_map(grad_scores), None if grad_sums is None else grad_sums.contiguous())
+    inputs = (as_map(features), as_labels(labels, ignore_index), *as_memory(keys, values, noise, temperature))
+    outputs = (read_map, scores_map, for_sums, features_map, for_keys, for_values, noise_map)
+    launch(double_backward_kernel, sizes, *incoming, *saved, *inputs, *outputs, sizes.grid)
+    sums = total(for_sums, keys)
+    return for_read, for_scores, sums, for_features, total(for_keys, keys), total(for_values, values), for_noise
+
+
+def double_backward(
+    grad_grad_features: Tensor | None,
+    grad_grad_written: Tensor | None,
+    grad_grad_keys: Tensor | None,
+    grad_grad_values: Tensor | None,
+    grad_grad_noise: Tensor | None,
+    grad_read: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_sums: Tensor | None,
+    features: Tensor,
+    written: Tensor | None,
+    labels: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    noise: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of grad_read, grad_scores, grad_sums, features, written, keys, values and noise, by ``mask``."""
+    incoming = (grad_grad_features, grad_grad_keys, grad_grad_values, grad_grad_noise)
+    if grad_sums is None and mask[2]:
+        grad_sums = keys.new_zeros(keys.shape)
+    pooled = grad_sums if written is None else None
+    for_read, for_scores, for_sums, for_features, *rest = one_double_backward(
+        *incoming,
+        *(grad_read, grad_scores, pooled, features, labels, keys, values, noise, temperature, ignore_index),
+        [*mask[:4], *mask[5:]],
+    )
+    for_written = features.new_empty((0,))
+    if written is not None and (mask[2] or mask[4]):
+        if grad_grad_written is None or grad_sums is None:
+            second = (keys.new_zeros(keys.shape), empty_map(written, written.shape[1]).zero_())
+        else:
+            second = masked_average_pool.double_backward(
+                grad_grad_written, grad_sums, written, labels, ignore_index, True
+            )
+        for_sums, for_written = (
+            x if is_wanted else x.new_empty((0,)) for x, is_wanted in zip(second, (mask[2], mask[4]), strict=True)
+        )
+    return (for_read, for_scores, for_sums, for_features, for_written, *rest)
