@@ -1,1 +1,1 @@
-"""Triton kernels, one file an operator, installed as ``pmm_fast.kernels``: launchers only, no autograd."""
+"""Triton kernels, one file an operator, installed as ``pmm_fast.kernels``: launchers of plain tensors, no autograd."""

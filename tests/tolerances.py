@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # against the released code's float32 numbers (fixtures/README.md): relative to the largest expected value
@@ -13,14 +14,25 @@ RELEASED_NETWORK = 1e-3
 RELEASED_STEP = 2e-3
 RELEASED_STEP_SKIP = 1e-5
 
-# forward and first derivative of an operator against the float64 reference, relative to the largest value
+# an operator of a backend against the reference in float64 (:func:`assert_accurate`), by order of the derivative and
+# dtype of the result: error <= FACTOR x (error of the reference in the same dtype) + FLOOR x (largest expected value)
 FORWARD = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 BACKWARD = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 3e-3}
+DOUBLE_BACKWARD = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+FLOOR = {"forward": FORWARD, "backward": BACKWARD, "double_backward": DOUBLE_BACKWARD}
+FACTOR = {"forward": 2, "backward": 3, "double_backward": 4}
+# derivatives as vectors: 1 - cosine, and |sum of errors| / sum of |expected|; ten times as much in second order
+COSINE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+BIAS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# fewer elements than these say nothing as a vector
+VECTOR_ELEMENTS = 16
 
 # two float64 computations of the same gradient by different routes
 EXACT = 1e-9
 # central differences with step 1e-5 of a smooth float64 function
 FINITE_DIFFERENCE = 1e-6
+# noise recovered from float64 weights by two logarithms: absolute
+RECOVERED_NOISE = 1e-9
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -29,3 +41,41 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
+
+
+def assert_accurate(
+    found: Tensor,
+    baseline: Tensor,
+    expected: Tensor,
+    order: str,
+    compute_dtype: torch.dtype = torch.float64,
+    cancelling: float = 0.0,
+) -> None:
+    """A backend's result is about as near to the exact one as the reference's in the same dtype.
+
+    Args:
+        found: the result of the backend.
+        baseline: the result of the reference for the same arguments.
+        expected: the result of the reference for the same arguments in float64.
+        order: ``forward``, ``backward`` or ``double_backward``.
+        compute_dtype: what the operator computes in, where the result was cast to something finer afterwards.
+        cancelling: the size of terms that may cancel in the result.  Then errors are relative to them, and nothing is
+            asked of the result as a vector.
+    """
+    assert found.shape == expected.shape and found.dtype == baseline.dtype, (found.shape, found.dtype, baseline.dtype)
+    if found.numel() == 0:
+        return
+    dtype = max(found.dtype, compute_dtype, key=lambda dtype: FORWARD[dtype])
+    found, baseline, expected = (tensor.detach().double().flatten() for tensor in (found, baseline, expected))
+    scale = max(float(expected.abs().max()), cancelling)
+    error, allowed = float((found - expected).abs().max()), float((baseline - expected).abs().max())
+    bound = FACTOR[order] * allowed + FLOOR[order][dtype] * scale
+    # not error > bound, which a NaN would pass
+    assert error <= bound, f"{order}: error {error:.3g} > {bound:.3g} (reference {allowed:.3g}, largest {scale:.3g})"
+    if order != "forward" and len(found) >= VECTOR_ELEMENTS and expected.any() and not cancelling:
+        decade = 10 if order == "double_backward" else 1
+        # divided by the largest value, since tiny vectors would have a cosine of 0
+        cosine = 1 - float(F.cosine_similarity(found / scale, expected / scale, dim=0))
+        bias = float((found - expected).sum().abs() / expected.abs().sum())
+        assert cosine <= decade * COSINE[dtype], f"{order}: 1 - cosine {cosine:.3g}"
+        assert bias <= decade * BIAS[dtype], f"{order}: bias {bias:.3g}"

@@ -83,7 +83,7 @@ class Loss {
 
   bool run() {
     prepare();
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads) if (chunks > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       Arena arena(static_cast<char*>(a.workspace) + shared_bytes + thread_number() * thread_bytes());
       Scratch<R> scratch(arena, a, row_size, max_steps);

@@ -7,6 +7,7 @@ from pmm_fast import ops
 from pmm_fast.meta import losses as L
 from pmm_fast.models import SemanticMemory
 from tests import released
+from tests.ops import matrix
 from tests.tolerances import RELEASED_MEMORY, relative_error
 
 NAMES = {
@@ -23,12 +24,17 @@ def ours(name):
     return f"{NAMES[prefix]}.{leaf}"
 
 
-@pytest.fixture(scope="module")
-def outcome():
-    """Fixture arrays, the module after one forward, its outputs, and the gradient of the query."""
-    data = released.load("memory")
+@pytest.fixture(scope="module", params=matrix.TARGETS)
+def outcome(request):
+    """Fixture arrays, the module after one forward, its outputs, and the gradient of the query, on one backend."""
+    with matrix.on(request.param):
+        return released_iteration(request.param.device)
+
+
+def released_iteration(device):
+    data = {name: array.to(device) for name, array in released.load("memory").items()}
     memory = data["memory_before"]
-    module = SemanticMemory(*memory.shape).train()
+    module = SemanticMemory(*memory.shape).train().to(device)
     state = {ours(k.removeprefix("param/")): v for k, v in data.items() if k.startswith("param/")}
     module.load_state_dict(state | {"slots": memory})
     query = data["query"].clone().requires_grad_()
