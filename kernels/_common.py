@@ -147,19 +147,6 @@ def empty_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> 
     )
 
 
-def check_labels(operator: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """The values of labels that lie on the CPU (an interpreter's); on a GPU the kernels assert."""
-    if labels.device.type != "cpu":
-        return
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
-    if wrong.any():
-        values = ", ".join(map(str, sorted(set(labels[wrong].tolist()))[:5]))
-        raise ValueError(
-            f"{operator}: labels hold {values}, expected classes in 0..{num_classes - 1} "
-            f"or the ignore index {ignore_index}"
-        )
-
-
 @triton.jit
 def scalar(bits, COMPUTE: tl.constexpr):
     """The inverse of scalar_bits."""

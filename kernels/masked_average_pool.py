@@ -5,7 +5,7 @@ Letters: B images, C channels, K classes, h x w positions, H x W label pixels.
 
 from __future__ import annotations
 
-from pmm_fast.kernels._common import as_labels, as_map, check_labels, empty_map
+from pmm_fast.kernels._common import as_labels, as_map, empty_map
 from pmm_fast.kernels._walk import (
     backward_kernel,
     double_backward_kernel,
@@ -16,14 +16,11 @@ from pmm_fast.kernels._walk import (
 )
 from torch import Tensor
 
-_NAME = "masked_average_pool"
-
 
 def forward(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """``sums [K, C]`` and ``mass [K]`` of ``features [B, C, h, w]`` and ``labels [B, H, W]``."""
-    check_labels(_NAME, labels, num_classes, ignore_index)
     sizes = measure(features, num_classes, None, labels)
     sums = sizes.partial(True, num_classes, features.shape[1])
     mass = sizes.partial(True, num_classes)

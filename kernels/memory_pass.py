@@ -6,7 +6,7 @@ Letters: B images, C channels, D channels of the values, K slots or classes, h x
 from __future__ import annotations
 
 from pmm_fast.kernels import masked_average_pool
-from pmm_fast.kernels._common import Map, as_labels, as_map, check_labels, empty_map
+from pmm_fast.kernels._common import Map, as_labels, as_map, empty_map
 from pmm_fast.kernels._walk import (
     Sizes,
     as_memory,
@@ -18,8 +18,6 @@ from pmm_fast.kernels._walk import (
     total,
 )
 from torch import Tensor
-
-_NAME = "memory_pass"
 
 
 def forward(
@@ -39,8 +37,6 @@ def forward(
         labels: None: nothing is pooled, and sums and mass are empty.
     """
     slots, channels = keys.shape
-    if labels is not None:
-        check_labels(_NAME, labels, slots, ignore_index)
     sizes = measure(features, slots, values, labels)
     read = empty_map(features, values.shape[1])
     scores = keys.new_empty((features.shape[0], slots, *features.shape[2:]))

@@ -42,8 +42,8 @@ def empty_if(wanted: bool, like: Tensor) -> Tensor:
     return like.new_empty(like.shape if wanted else (0,))
 
 
-def wanted(gradient: Tensor, mask: bool) -> Tensor | None:
-    """A registered op must return tensors; autograd takes None for what was not computed."""
+def wanted(gradient: Tensor | None, mask: bool) -> Tensor | None:
+    """A registered op must return tensors, empty for what was not computed; autograd takes None for those."""
     return gradient if mask else None
 
 

@@ -35,6 +35,12 @@ def wrong_labels(operator: str, values: list[int], num_classes: int, ignore_inde
     )
 
 
+def comparable_labels(labels: Tensor, *numbers: int) -> Tensor:
+    """Labels in a type that holds the numbers too: PyTorch would wrap them (uint8 255 equals -1)."""
+    limits = torch.iinfo(labels.dtype)
+    return labels if all(limits.min <= number <= limits.max for number in numbers) else labels.long()
+
+
 def check_label_values(operator: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Every label is a class or the ignore index; on a GPU an assertion on the device, which the host does not await.
 
@@ -42,6 +48,7 @@ def check_label_values(operator: str, labels: Tensor, num_classes: int, ignore_i
     """
     if labels.numel() == 0 or torch.compiler.is_compiling() or isinstance(labels, FakeTensor):
         return
+    labels = comparable_labels(labels, num_classes, ignore_index)
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
     if labels.device.type != "cpu":
         torch._assert_async(~wrong.any(), f"{operator}: a label is neither a class in 0..{num_classes - 1} nor ignored")

@@ -10,7 +10,7 @@ from torch import Tensor
 from pmm_fast.ops import reference
 from pmm_fast.ops.backends import dispatch, register, register_kernels
 from pmm_fast.ops.chain import empty_map, kernels, refuse_third_order
-from pmm_fast.ops.checks import check_labels, check_map, check_memory, no_autocast
+from pmm_fast.ops.checks import check_label_values, check_labels, check_map, check_memory, no_autocast
 
 _NAME = "masked_average_pool"
 
@@ -57,6 +57,9 @@ def masked_average_pool(
 def _forward(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton" and labels.device.type == "cpu":
+        # an interpreter's; on a GPU the kernel asserts
+        check_label_values(_NAME, labels, num_classes, ignore_index)
     return kernels(_NAME, backend).forward(features, labels, num_classes, ignore_index, normalize)
 
 

@@ -17,7 +17,15 @@ from pmm_fast.ops.chain import (
     refuse_third_order,
     wanted,
 )
-from pmm_fast.ops.checks import check_labels, check_map, check_memory, check_noise, check_values, no_autocast
+from pmm_fast.ops.checks import (
+    check_label_values,
+    check_labels,
+    check_map,
+    check_memory,
+    check_noise,
+    check_values,
+    no_autocast,
+)
 
 _NAME = "memory_pass"
 
@@ -87,6 +95,9 @@ def _forward(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "triton" and labels.device.type == "cpu":
+        # an interpreter's; on a GPU the kernel asserts
+        check_label_values(_NAME, labels, keys.shape[0], ignore_index)
     function = kernels(_NAME, backend).forward
     return function(features, written, labels, keys, values, noise, temperature, ignore_index)
 
@@ -244,7 +255,7 @@ def _differentiate_forward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor |
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, temperature, ignore_index, _, ctx.backend = inputs
+    *tensors, temperature, ignore_index, ctx.given, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.options = (temperature, ignore_index)
     ctx.set_materialize_grads(False)
@@ -253,6 +264,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     mask = [*needs[:5], *needs[6:9]]
+    incoming = tuple(map(wanted, incoming, ctx.given))
     if all(grad is None for grad in incoming):
         return (None,) * 13
     grads = _double_backward(*incoming, *ctx.saved_tensors, *ctx.options, mask, ctx.backend)

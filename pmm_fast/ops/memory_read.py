@@ -174,13 +174,14 @@ def _differentiate_forward(ctx: Any, grad_read: Tensor | None, grad_scores: Tens
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, _, ctx.backend = inputs
+    *tensors, ctx.temperature, ctx.given, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:6])
+    incoming = tuple(map(wanted, incoming, ctx.given))
     if all(grad is None for grad in incoming):
         return (None,) * 9
     grads = _double_backward(*incoming, *ctx.saved_tensors, ctx.temperature, mask, ctx.backend)

@@ -185,4 +185,4 @@ def upsample_cross_entropy(
     if size != (logits.shape[2], logits.shape[3]):
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
     total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    return total / (labels.long() != ignore_index).sum().clamp(min=1)
