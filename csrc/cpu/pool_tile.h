@@ -59,8 +59,9 @@ bool class_masses(const PassArgs& args, const Taps<R>& rows, const Taps<R>& colu
   const L* labels = static_cast<const L*>(args.labels) + run.image * args.label_height * args.label_width;
   y.clear(args.classes);
   bool good = true;
-  for (int i = 0; i < run.count; ++i) {
-    const int64_t row = (run.start + i) / run.width, column = (run.start + i) % run.width;
+  int64_t row = run.start / run.width, column = run.start % run.width;
+  for (int i = 0; i < run.count; ++i, ++column) {
+    if (column == run.width) column = 0, ++row;
     const int64_t tap_rows[2] = {rows.first[row], rows.second[row]};
     const int64_t tap_columns[2] = {columns.first[column], columns.second[column]};
     const R weight_rows[2] = {1 - rows.weight[row], rows.weight[row]};
@@ -104,12 +105,14 @@ template <class R>
 void pool_forward(const Masses<R>& y, const R* norm, Tile<R> x, int64_t channels, R* weights, R* sums, double* mass) {
   constexpr int P = kTile<R>;
   for (int r = 0; r < y.count; ++r) {
-    double total = 0;
-    for (int i = 0; i < P; ++i) {
-      total += double(y.rows[r * P + i]);
-      weights[r * P + i] = y.rows[r * P + i] * (norm ? norm[i] : R(1));
+    const R* row = y.rows + r * P;
+    Vec<R> total = {};
+    for (int i = 0; i < P; i += kLanes<R>) {
+      const Vec<R> share = load(row + i);
+      total += share;
+      store<R>(weights + r * P + i, norm ? share * load(norm + i) : share);
     }
-    mass[y.ids[r]] += total;
+    mass[y.ids[r]] += double(sum<R>(total));
   }
   accumulate(sums, y.ids, weights, y.count, x, channels);
 }
@@ -119,13 +122,16 @@ template <class R>
 void pool_backward(const Masses<R>& y, const R* norm, Tile<R> x, int64_t channels, PoolTerms<R>& terms) {
   constexpr int P = kTile<R>;
   if (norm) dots(terms.with_x, terms.rows, y.count, x, channels);
-  for (int i = 0; i < P; ++i) terms.of_x[i] = 0;
-  for (int r = 0; r < y.count; ++r)
-    for (int i = 0; i < P; ++i) {
-      const R scale = norm ? norm[i] : R(1);
-      terms.weights[r * P + i] = scale * y.rows[r * P + i];
-      if (norm) terms.of_x[i] -= scale * scale * scale * y.rows[r * P + i] * terms.with_x[r * P + i];
+  for (int t = 0; t < P; t += kLanes<R>) {
+    const Vec<R> scale = norm ? load(norm + t) : splat(R(1));
+    Vec<R> q_x = {};
+    for (int i = t; i < y.count * P; i += P) {
+      const Vec<R> share = load(y.rows + i);
+      store<R>(terms.weights + i, scale * share);
+      if (norm) q_x += share * load(terms.with_x + i);
     }
+    store<R>(terms.of_x + t, -(scale * scale * scale) * q_x);
+  }
 }
 
 // dG_k = sum y_k r (a - beta f^);  df = -r^2 [ (a.q - 3 beta f^.q) f^ + (f^.q) a + beta q ],  beta = f^.a.
@@ -147,16 +153,17 @@ void pool_double_backward(const Masses<R>& y, const R* norm, const R* beta, Tile
   if (!gradient) return;
   dots(terms.with_x, terms.rows, y.count, x, channels);
   dots(terms.with_a, terms.rows, y.count, a, channels);
-  for (int i = 0; i < P; ++i) {
-    const R scale = norm[i];
-    R q_x = 0, q_a = 0;
-    for (int r = 0; r < y.count; ++r) {
-      q_x += y.rows[r * P + i] * terms.with_x[r * P + i] * scale;
-      q_a += y.rows[r * P + i] * terms.with_a[r * P + i];
-      terms.weights[r * P + i] = -scale * scale * beta[i] * y.rows[r * P + i];
+  for (int t = 0; t < P; t += kLanes<R>) {
+    const Vec<R> r = load(norm + t), along = load(beta + t);
+    Vec<R> q_x = {}, q_a = {};
+    for (int i = t; i < y.count * P; i += P) {
+      const Vec<R> share = load(y.rows + i);
+      q_x += share * load(terms.with_x + i) * r;
+      q_a += share * load(terms.with_a + i);
+      store<R>(terms.weights + i, -(r * r) * along * share);
     }
-    terms.of_x[i] = -scale * scale * scale * (q_a - 3 * beta[i] * q_x);
-    terms.of_a[i] = -scale * scale * q_x;
+    store<R>(terms.of_x + t, -(r * r * r) * (q_a - R(3) * along * q_x));
+    store<R>(terms.of_a + t, -(r * r) * q_x);
   }
 }
 

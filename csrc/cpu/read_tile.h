@@ -27,8 +27,6 @@ struct ReadTile {
     for (R** row : {&of_x, &of_a}) *row = arena.take<R>(kTile<R>);
   }
 
-  R& at(R* rows, int64_t k, int i) const { return rows[k * kTile<R> + i]; }
-
   void zero(R* rows) const {
     for (int64_t i = 0; i < classes * kTile<R>; ++i) rows[i] = 0;
   }
@@ -64,57 +62,63 @@ struct ReadTile {
 
   // v and u from d and e; the weights r u of the keys and the coefficient -r^2 sum u s of f in the gradient of f
   void backward(const R* norm, R* weights) {
-    constexpr int P = kTile<R>;
-    R mean[P] = {};
-    for (int64_t k = 0; k < classes; ++k)
-      for (int i = 0; i < P; ++i) mean[i] += at(w, k, i) * at(d, k, i);
-    for (int i = 0; i < P; ++i) of_x[i] = 0;
-    for (int64_t k = 0; k < classes; ++k)
-      for (int i = 0; i < P; ++i) {
-        at(v, k, i) = at(w, k, i) * (at(d, k, i) - mean[i]) * inverse_temperature;
-        at(u, k, i) = at(e, k, i) + at(v, k, i);
-        at(weights, k, i) = norm[i] * at(u, k, i);
-        of_x[i] -= norm[i] * norm[i] * at(u, k, i) * at(s, k, i);
+    constexpr int L = kLanes<R>, P = kTile<R>;
+    for (int t = 0; t < P; t += L) {
+      const Vec<R> r = load(norm + t);
+      Vec<R> mean = {}, us = {};
+      for (int64_t i = t; i < classes * P; i += P) mean += load(w + i) * load(d + i);
+      for (int64_t i = t; i < classes * P; i += P) {
+        const Vec<R> slope = load(w + i) * (load(d + i) - mean) * inverse_temperature;
+        const Vec<R> total = load(e + i) + slope;
+        store<R>(v + i, slope);
+        store<R>(u + i, total);
+        store<R>(weights + i, r * total);
+        us += total * load(s + i);
       }
+      store<R>(of_x + t, -(r * r) * us);
+    }
   }
 
   // From alpha = keys.a, b = P.f, c = Q.A, n and beta: rho in e (what the gradient of e is), t in h (the weights of the
   // values), q in d (the gradient of the noise), r sigma and r u in `weights` (of the keys, of P), and the coefficients
   // of f and a in the gradient of f.  Expects backward() before.
   void double_backward(const R* norm, const R* beta, R* weights) {
+    for (int t = 0; t < kTile<R>; t += kLanes<R>) double_backward_vector(t, load(norm + t), load(beta + t), weights);
+  }
+
+ private:
+  void double_backward_vector(int t, Vec<R> r, Vec<R> beta, R* weights) {
     constexpr int P = kTile<R>;
-    R us[P] = {}, mean_d[P] = {}, mean_h[P] = {}, mean_y[P] = {}, kappa[P] = {}, gamma[P] = {};
-    for (int64_t k = 0; k < classes; ++k)
-      for (int i = 0; i < P; ++i) {
-        const R slope = at(alpha, k, i) - at(s, k, i) * beta[i];
-        at(b, k, i) *= norm[i];
-        at(e, k, i) = norm[i] * slope + at(b, k, i);
-        at(h, k, i) = at(e, k, i) + at(n, k, i);
-        us[i] += at(u, k, i) * at(s, k, i);
-        mean_d[i] += at(w, k, i) * at(d, k, i);
-        mean_h[i] += at(w, k, i) * at(h, k, i);
-        kappa[i] += at(u, k, i) * slope;
-      }
-    for (int64_t k = 0; k < classes; ++k)
-      for (int i = 0; i < P; ++i) {
-        const R product = at(d, k, i) * at(h, k, i) - at(d, k, i) * mean_h[i] - at(h, k, i) * mean_d[i];
-        at(d, k, i) = product * inverse_temperature + at(c, k, i);  // y
-        at(h, k, i) = at(w, k, i) * (at(h, k, i) - mean_h[i]) * inverse_temperature;
-        mean_y[i] += at(w, k, i) * at(d, k, i);
-      }
-    for (int64_t k = 0; k < classes; ++k)
-      for (int i = 0; i < P; ++i) {
-        at(d, k, i) = at(w, k, i) * (at(d, k, i) - mean_y[i]) * inverse_temperature;
-        const R sigma = at(d, k, i) - norm[i] * beta[i] * at(u, k, i);
-        gamma[i] += sigma * at(s, k, i) + at(u, k, i) * at(b, k, i);
-        at(weights, k, i) = norm[i] * sigma;
-        at(weights, classes + k, i) = norm[i] * at(u, k, i);
-      }
-    for (int i = 0; i < P; ++i) {
-      const R r = norm[i], r2 = r * r;
-      of_a[i] = -r2 * us[i];
-      of_x[i] = -r2 * (gamma[i] - r * us[i] * beta[i]) - r2 * r * kappa[i];
+    const int64_t end = classes * P;
+    Vec<R> us = {}, mean_d = {}, mean_h = {}, mean_y = {}, kappa = {}, gamma = {};
+    for (int64_t i = t; i < end; i += P) {
+      const Vec<R> slope = load(alpha + i) - load(s + i) * beta, along = load(b + i) * r;
+      const Vec<R> rho = r * slope + along, total = rho + load(n + i);
+      store<R>(b + i, along);
+      store<R>(e + i, rho);
+      store<R>(h + i, total);
+      us += load(u + i) * load(s + i);
+      mean_d += load(w + i) * load(d + i);
+      mean_h += load(w + i) * total;
+      kappa += load(u + i) * slope;
     }
+    for (int64_t i = t; i < end; i += P) {
+      const Vec<R> d_i = load(d + i), h_i = load(h + i);
+      const Vec<R> y = (d_i * h_i - d_i * mean_h - h_i * mean_d) * inverse_temperature + load(c + i);
+      store<R>(d + i, y);
+      store<R>(h + i, load(w + i) * (h_i - mean_h) * inverse_temperature);
+      mean_y += load(w + i) * y;
+    }
+    for (int64_t i = t; i < end; i += P) {
+      const Vec<R> q = load(w + i) * (load(d + i) - mean_y) * inverse_temperature, u_i = load(u + i);
+      const Vec<R> sigma = q - r * beta * u_i;
+      store<R>(d + i, q);
+      store<R>(weights + i, r * sigma);
+      store<R>(weights + end + i, r * u_i);
+      gamma += sigma * load(s + i) + u_i * load(b + i);
+    }
+    store<R>(of_a + t, -(r * r) * us);
+    store<R>(of_x + t, -(r * r) * (gamma - r * us * beta + r * kappa));
   }
 };
 

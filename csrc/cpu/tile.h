@@ -5,6 +5,8 @@
 #include "args.h"
 #include "vec.h"
 
+#define PMM_UNROLL _Pragma("GCC unroll 16")
+
 namespace pmm::PMM_ISA {
 
 constexpr int kVectors = 4;  // a row of a tile
@@ -135,19 +137,38 @@ void store_tile(const Map& map, const Run& run, int64_t channels, bool flat, con
     for (int i = 0; i < run.count; ++i) from_real(buffer[c * P + i], data + offsets[i] + c * map.strides[1]);
 }
 
+// A block of sums that stays in registers, if every loop over it is unrolled: PMM_UNROLL.
+template <int N, class R>
+struct Sums {
+  Vec<R> at[N][kVectors];
+
+  Sums() {
+    PMM_UNROLL for (int n = 0; n < N; ++n) PMM_UNROLL for (int t = 0; t < kVectors; ++t) at[n][t] = Vec<R>{};
+  }
+
+  // at[n] += factors[n] * row
+  template <class Factor>
+  void add(const R* row, Factor factor) {
+    PMM_UNROLL for (int t = 0; t < kVectors; ++t) {
+      const Vec<R> v = load(row + t * kLanes<R>);
+      PMM_UNROLL for (int n = 0; n < N; ++n) at[n][t] += factor(n) * v;
+    }
+  }
+
+  void store_rows(R* out, int64_t stride) const {
+    PMM_UNROLL for (int n = 0; n < N; ++n) PMM_UNROLL for (int t = 0; t < kVectors; ++t)
+        store<R>(out + n * stride + t * kLanes<R>, at[n][t]);
+  }
+};
+
 // out[r][p] = sum_c rows[r][c] x[c][p]
 template <int N, class R>
 inline void dots_block(R* out, const R* const* rows, Tile<R> x, int64_t channels) {
-  Vec<R> sums[N][kVectors] = {};
-  for (int64_t c = 0; c < channels; ++c) {
-    const R* from = x.row(c);
-    for (int t = 0; t < kVectors; ++t) {
-      const Vec<R> v = load(from + t * kLanes<R>);
-      for (int n = 0; n < N; ++n) sums[n][t] += rows[n][c] * v;
-    }
-  }
-  for (int n = 0; n < N; ++n)
-    for (int t = 0; t < kVectors; ++t) store(out + n * kTile<R> + t * kLanes<R>, sums[n][t]);
+  Sums<N, R> sums;
+  const R* own[N];
+  PMM_UNROLL for (int n = 0; n < N; ++n) own[n] = rows[n];
+  for (int64_t c = 0; c < channels; ++c) sums.add(x.row(c), [&](int n) { return own[n][c]; });
+  sums.store_rows(out, kTile<R>);
 }
 
 template <class R>
@@ -170,25 +191,26 @@ struct Combination {
   Tile<R> a = {};
 };
 
+// sums[n] += factor * tile[c + n], factors by position
+template <int N, class R>
+inline void add_multiple(Sums<N, R>& sums, const R* factor, Tile<R> tile, int64_t c) {
+  if (!factor) return;
+  PMM_UNROLL for (int t = 0; t < kVectors; ++t) {
+    const Vec<R> scale = load(factor + t * kLanes<R>);
+    PMM_UNROLL for (int n = 0; n < N; ++n) sums.at[n][t] += scale * load(tile.row(c + n) + t * kLanes<R>);
+  }
+}
+
 template <int N, class R>
 inline void combine_block(R* out, int64_t stride, const Combination<R>& terms, int64_t c) {
-  Vec<R> sums[N][kVectors] = {};
+  Sums<N, R> sums;
   for (int64_t r = 0; r < terms.count; ++r) {
-    const R* weight = terms.weights + r * kTile<R>;
     const R* row = terms.rows[r] + c;
-    for (int t = 0; t < kVectors; ++t) {
-      const Vec<R> v = load(weight + t * kLanes<R>);
-      for (int n = 0; n < N; ++n) sums[n][t] += row[n] * v;
-    }
+    sums.add(terms.weights + r * kTile<R>, [&](int n) { return row[n]; });
   }
-  for (int t = 0; t < kVectors; ++t) {
-    const int at = t * kLanes<R>;
-    if (terms.of_x)
-      for (int n = 0; n < N; ++n) sums[n][t] += load(terms.of_x + at) * load(terms.x.row(c + n) + at);
-    if (terms.of_a)
-      for (int n = 0; n < N; ++n) sums[n][t] += load(terms.of_a + at) * load(terms.a.row(c + n) + at);
-    for (int n = 0; n < N; ++n) store(out + (c + n) * stride + at, sums[n][t]);
-  }
+  add_multiple(sums, terms.of_x, terms.x, c);
+  add_multiple(sums, terms.of_a, terms.a, c);
+  sums.store_rows(out + c * stride, stride);
 }
 
 template <class R>
@@ -202,41 +224,48 @@ void combine(R* out, int64_t stride, const Combination<R>& terms, int64_t channe
 template <int N, class R>
 inline void accumulate_block(R* const* sums, const R* weights, Tile<R> x, int64_t channels) {
   Vec<R> w[N][kVectors];
-  for (int n = 0; n < N; ++n)
-    for (int t = 0; t < kVectors; ++t) w[n][t] = load(weights + n * kTile<R> + t * kLanes<R>);
+  R* own[N];
+  PMM_UNROLL for (int n = 0; n < N; ++n) {
+    own[n] = sums[n];
+    PMM_UNROLL for (int t = 0; t < kVectors; ++t) w[n][t] = load(weights + n * kTile<R> + t * kLanes<R>);
+  }
   for (int64_t c = 0; c < channels; ++c) {
     Vec<R> v[kVectors];
-    for (int t = 0; t < kVectors; ++t) v[t] = load(x.row(c) + t * kLanes<R>);
-    for (int n = 0; n < N; ++n) {
-      Vec<R> s = load(sums[n] + c * kLanes<R>);
-      for (int t = 0; t < kVectors; ++t) s += w[n][t] * v[t];
-      store(sums[n] + c * kLanes<R>, s);
+    PMM_UNROLL for (int t = 0; t < kVectors; ++t) v[t] = load(x.row(c) + t * kLanes<R>);
+    PMM_UNROLL for (int n = 0; n < N; ++n) {
+      // two chains, which do not wait for each other
+      Vec<R> even = load(own[n] + c * kLanes<R>) + w[n][0] * v[0], odd = w[n][1] * v[1];
+      PMM_UNROLL for (int t = 2; t < kVectors; t += 2) even += w[n][t] * v[t], odd += w[n][t + 1] * v[t + 1];
+      store<R>(own[n] + c * kLanes<R>, even + odd);
     }
   }
+}
+
+template <int N, class R>
+inline void accumulate_rows(R* sums, const int* ids, const R* weights, int64_t r, Tile<R> x, int64_t channels) {
+  R* rows[N];
+  for (int n = 0; n < N; ++n) rows[n] = sums + (ids ? ids[r + n] : r + n) * channels * kLanes<R>;
+  accumulate_block<N>(rows, weights + r * kTile<R>, x, channels);
 }
 
 template <class R>
 void accumulate(R* sums, const int* ids, const R* weights, int64_t count, Tile<R> x, int64_t channels) {
   constexpr int N = PMM_BYTES == 64 ? 4 : 2;
-  R* rows[N];
   int64_t r = 0;
-  for (; r + N <= count; r += N) {
-    for (int n = 0; n < N; ++n) rows[n] = sums + (ids ? ids[r + n] : r + n) * channels * kLanes<R>;
-    accumulate_block<N>(rows, weights + r * kTile<R>, x, channels);
-  }
-  for (; r < count; ++r) {
-    rows[0] = sums + (ids ? ids[r] : r) * channels * kLanes<R>;
-    accumulate_block<1>(rows, weights + r * kTile<R>, x, channels);
-  }
+  for (; r + N <= count; r += N) accumulate_rows<N>(sums, ids, weights, r, x, channels);
+  if (count - r == 3) accumulate_rows<3>(sums, ids, weights, r, x, channels);
+  if (count - r == 2) accumulate_rows<2>(sums, ids, weights, r, x, channels);
+  if (count - r == 1) accumulate_rows<1>(sums, ids, weights, r, x, channels);
 }
 
 // out[p] = sum_c x[c][p] y[c][p]
 template <class R>
 void dot_positions(R* out, Tile<R> x, Tile<R> y, int64_t channels) {
-  Vec<R> sums[kVectors] = {};
+  Sums<1, R> sums;
   for (int64_t c = 0; c < channels; ++c)
-    for (int t = 0; t < kVectors; ++t) sums[t] += load(x.row(c) + t * kLanes<R>) * load(y.row(c) + t * kLanes<R>);
-  for (int t = 0; t < kVectors; ++t) store(out + t * kLanes<R>, sums[t]);
+    PMM_UNROLL for (int t = 0; t < kVectors; ++t)
+      sums.at[0][t] += load(x.row(c) + t * kLanes<R>) * load(y.row(c) + t * kLanes<R>);
+  sums.store_rows(out, kTile<R>);
 }
 
 // r = 1 / ||x||, 0 for a zero vector (squared norm up to 1e-24)

@@ -52,14 +52,24 @@ inline Vec<R> max(Vec<R> a, Vec<R> b) {
   return a > b ? a : b;
 }
 
+// halves are added, then halves of those: an order that depends on the width alone
+template <class R, int kBytes>
+inline R sum_halves(const R* p) {
+  typedef R Half __attribute__((vector_size(kBytes / 2), aligned(sizeof(R)), may_alias));
+  const Half total = *reinterpret_cast<const Half*>(p) + *reinterpret_cast<const Half*>(p + kBytes / 2 / sizeof(R));
+  R part[kBytes / 2 / sizeof(R)];
+  *reinterpret_cast<Half*>(part) = total;
+  if constexpr (kBytes / 2 == sizeof(R))
+    return part[0];
+  else
+    return sum_halves<R, kBytes / 2>(part);
+}
+
 template <class R>
 inline R sum(Vec<R> v) {
-  // pairwise, the order of which does not depend on anything but the width
-  R part[kLanes<R>];
-  store(part, v);
-  for (int n = kLanes<R> / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) part[i] += part[i + n];
-  return part[0];
+  R lanes[kLanes<R>];
+  store<R>(lanes, v);
+  return sum_halves<R, PMM_BYTES>(lanes);
 }
 
 template <class R, class V>
