@@ -1,4 +1,4 @@
-"""The picture of ``python bench/memory_ops.py --plot``: every row's time over its least work, with measured limits."""
+"""The picture of ``python bench/memory_ops.py --plot``: every row's time over its least work, with what PyTorch reachess."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw(path: str, records: list[Record], rates: Rates, title: str) -> None:
     label = "least exponentials and logarithms, millions"
     _panel(panels[1], shown, lambda least: least.exponentials / 1e6, rates.exponentials / 1e6, label)
     panels[0].set_title(f"copy bandwidth {rates.bandwidth / 1e9:.1f} GB/s")
-    panels[1].set_title(f"{rates.exponentials / 1e9:.2f} G exponentials a second")
+    panels[1].set_title(f"{rates.exponentials / 1e9:.2f} G exponentials a second (torch.exp)")
     _legend(figure, [record for _, record in shown])
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
@@ -82,5 +82,5 @@ def _legend(figure: Any, records: list[Record]) -> None:
     ]
     if any(record["dtype"] != "float32" for record in records):
         entries.append(Line2D([], [], marker="o", linestyle="", color="grey", markerfacecolor="none", label="bf16"))
-    entries.append(Line2D([], [], color="black", linewidth=1, label="measured limit"))
+    entries.append(Line2D([], [], color="black", linewidth=1, label="what PyTorch reaches"))
     figure.legend(handles=entries, loc="outside lower center", ncols=6, frameon=False)
