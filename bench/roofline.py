@@ -1,4 +1,4 @@
-"""The picture of ``python bench/memory_ops.py --plot``: every row's time over its least work, with what PyTorch reachess."""
+"""The picture of ``python bench/memory_ops.py --plot``: every row's time over its least work, with measured limits."""
 
 from __future__ import annotations
 
