@@ -9,9 +9,11 @@ pmm_fast.doctor`` show.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,14 +83,22 @@ def cuda_home(nvcc: str) -> Path:
 
 
 def includes() -> list[str]:
-    import pybind11
-
-    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    """Compiler options for the headers of Python and pybind11."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise BuildError("the package pybind11 was not there when it was installed") from error
+    return [word(f"-I{folder}") for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
 
 
 def escape(path: object) -> str:
-    """A path or word in a ninja file."""
+    """A path in a ninja file."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def word(text: object) -> str:
+    """A word of a command in a ninja file."""
+    return shlex.quote(str(text)).replace("$", "$$")
 
 
 def ninja(lines: list[str], folder: Path, verbose: bool) -> None:
@@ -96,6 +106,8 @@ def ninja(lines: list[str], folder: Path, verbose: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
     command = shutil.which("ninja")
+    if not command and not importlib.util.find_spec("ninja"):
+        raise BuildError("ninja was not there when it was installed")
     arguments = [command] if command else [sys.executable, "-m", "ninja"]
     run = subprocess.run([*arguments, "-C", str(folder), *(["-v"] if verbose else [])], capture_output=True, text=True)
     if verbose:
@@ -129,8 +141,8 @@ def cpu_build(output: Path) -> list[str]:
             if source.stem != "bindings":
                 defines = [f"-DPMM_ISA={name}", f"-DPMM_BYTES={width}"]
                 compile_one(source, f"{source.stem}.{name}.o", [*COMMON, *KERNEL, *options, *defines])
-    quoted = "'-DPMM_COMPILER=\"" + version.replace('"', "").replace("'", "") + "\"'"
-    compile_one(sources / "bindings.cpp", "bindings.o", [*COMMON, *map(escape, includes()), quoted])
+    quoted = word('-DPMM_COMPILER="' + version.replace('"', "") + '"')
+    compile_one(sources / "bindings.cpp", "bindings.o", [*COMMON, *includes(), quoted])
     return [*lines, f"build {escape(output)}: link {' '.join(objects)}"]
 
 
@@ -143,9 +155,11 @@ def cuda_build(output: Path) -> list[str]:
     # newer devices compile the last one's intermediate code when they first load it
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *codes]
-    lines = rule("nvcc", f"{escape(nvcc)} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out")
-    lines += rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(COMMON + includes())} -I{home / 'include'} -c $in -o $out")
-    libraries = " ".join(f"-L{home / name}" for name in ("lib64", "lib"))
+    lines = rule("nvcc", f"{word(nvcc)} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out")
+    lines += rule(
+        "cxx", f"{cxx} -MMD -MF $out.d {' '.join(COMMON + includes())} {word(f'-I{home}/include')} -c $in -o $out"
+    )
+    libraries = " ".join(word(f"-L{home / name}") for name in ("lib64", "lib"))
     lines += ["rule link", f"  command = {cxx} -shared $in -o $out {libraries} -lcudart_static -lrt -ldl -lpthread"]
     objects = []
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.c*")):
@@ -156,6 +170,7 @@ def cuda_build(output: Path) -> list[str]:
 
 
 BUILDS = {"_C": cpu_build, "_CUDA": cuda_build}
+WANTED = {"none": (), "cpu": ("_C",), "cuda": ("_C", "_CUDA"), "auto": ("_C", "_CUDA")}
 
 
 class BuildExtensions(build_ext):
@@ -164,11 +179,10 @@ class BuildExtensions(build_ext):
     def run(self) -> None:
         self.results: dict[str, str] = {}
         super().run()
-        report = {name: self.results.get(name, f"PMM_FAST_BUILD={choice()} when it was installed") for name in BUILDS}
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         (package / "pmm_fast").mkdir(parents=True, exist_ok=True)
-        (package / "pmm_fast" / "_build.json").write_text(json.dumps(report, indent=2) + "\n")
-        for name, result in report.items():
+        (package / "pmm_fast" / "_build.json").write_text(json.dumps(self.results, indent=2) + "\n")
+        for name, result in self.results.items():
             print(f"pmm_fast.{name}: {result}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
@@ -177,6 +191,10 @@ class BuildExtensions(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / f"{name}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         required = choice() == "cuda" or (choice() == "cpu" and name == "_C")
+        output.unlink(missing_ok=True)
+        if name not in WANTED[choice()]:
+            self.results[name] = f"PMM_FAST_BUILD={choice()} when it was installed"
+            return
         try:
             ninja(BUILDS[name](output), folder, bool(self.verbose > 1))
             self.results[name] = "built"
@@ -207,18 +225,12 @@ class MaybeBinary(Distribution):
     """A wheel is tied to a platform only if it may hold compiled modules."""
 
     def has_ext_modules(self) -> bool:
-        return bool(self.ext_modules)
-
-
-def modules() -> list[Extension]:
-    """What may be compiled; whether it can be is found out when it is tried."""
-    wanted = {"none": [], "cpu": ["_C"], "cuda": ["_C", "_CUDA"], "auto": ["_C", "_CUDA"]}[choice()]
-    # the sources are named by the ninja files
-    return [Extension(f"pmm_fast.{name}", []) for name in wanted]
+        return choice() != "none"
 
 
 setup(
-    ext_modules=modules(),
+    # always both, so that what an earlier build left goes; the sources are named by the ninja files
+    ext_modules=[Extension(f"pmm_fast.{name}", []) for name in BUILDS],
     cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
     distclass=MaybeBinary,
 )

@@ -1,22 +1,24 @@
 """Build, test and measure on a machine with a CUDA GPU, without a network, in under ten minutes: ``make gpu-check``.
 
 Works with the packages of the interpreter that runs it (torch, triton, pytest, hypothesis, numpy, pillow, pyyaml, tqdm,
-pybind11, ninja; nvcc on the path), in an environment of its own that sees them.  Writes ``<device>.json`` (versions,
-every step with its time and the end of its output, the records of bench/memory_ops.py and bench/meta_step.py) and
-``<device>.md``, a short table.  A step that fails or runs out of time does not stop the others; the exit status is 1.
+safetensors, setuptools, pybind11, ninja; nvcc on the path), in an environment of its own that sees them.  Writes
+``<device>.json`` (versions, every step with its time and the end of its output, the records of bench/memory_ops.py and
+bench/meta_step.py) and ``<device>.md``, a short table.  A step that fails or runs out of time does not stop the others;
+the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -39,7 +41,9 @@ def main() -> None:
             print(f"{name} (at most {limit} s): {' '.join(map(str, command))}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    scratch.mkdir(exist_ok=True)
+    # what an interrupted run left is not what this one measures
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     deadline = time.monotonic() + options.seconds
     make_environment()
     results = [run(name, command, limit, deadline) for name, command, limit in steps(scratch)]
@@ -54,7 +58,7 @@ def main() -> None:
 
 def steps(scratch: Path) -> list[tuple[str, list[object], int]]:
     """Name, command and limit in seconds of everything that is done, most important first."""
-    test = [PYTHON, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider"]
+    test = [PYTHON, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     install = [PYTHON, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
     sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     return [
@@ -70,12 +74,14 @@ def steps(scratch: Path) -> list[tuple[str, list[object], int]]:
 
 
 def make_environment() -> None:
-    """A virtual environment that also sees the packages of this interpreter, be it one itself."""
+    """A virtual environment that also sees the packages of this interpreter, wherever those lie."""
     subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     inside = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    parents = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    Path(inside, "parent.pth").write_text("\n".join(parents) + "\n")
+    parents = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    # addsitedir also reads the folders' own .pth files
+    lines = [f"import site; site.addsitedir({path!r})" for path in parents]
+    Path(inside, "parent.pth").write_text("\n".join([*lines, ""]))
 
 
 def run(name: str, command: list[object], limit: int, deadline: float) -> dict[str, object]:
@@ -86,25 +92,34 @@ def run(name: str, command: list[object], limit: int, deadline: float) -> dict[s
     try:
         if seconds < 5:
             raise subprocess.TimeoutExpired(command, seconds)
-        environment = {**os.environ, "PMM_FAST_BUILD": "cuda", "PYTHONUNBUFFERED": "1"}
-        done = subprocess.run(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env=environment,
-            timeout=seconds,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        status, output = "ok" if done.returncode == 0 else f"exit status {done.returncode}", done.stdout
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout or b""
-        status, output = "out of time", text.decode(errors="replace") if isinstance(text, bytes) else text
+        status, output = execute([str(part) for part in command], seconds)
+    except subprocess.TimeoutExpired:
+        status, output = "out of time", ""
     except FileNotFoundError as error:
         status, output = f"not there: {error.filename}", ""
     took = time.monotonic() - start
     print(f"{name}: {status}, {took:.0f} s", *([output[-TAIL:]] if status != "ok" else []), sep="\n", flush=True)
     return {"name": name, "status": status, "seconds": round(took, 1), "output": output[-TAIL:]}
+
+
+def execute(command: list[str], seconds: float) -> tuple[str, str]:
+    """Status and output; a command out of time is ended with all that it has started."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PMM_FAST_BUILD": "cuda", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return "out of time", process.communicate()[0]
+    return "ok" if process.returncode == 0 else f"exit status {process.returncode}", output
 
 
 def describe() -> dict[str, object]:
@@ -117,14 +132,27 @@ def describe() -> dict[str, object]:
     )
     found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
     details = json.loads(found.stdout) if found.returncode == 0 else {"device": "no device", "error": found.stderr}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return details | {"commit": commit, "date": datetime.date.today().isoformat()}
+    return details | {"commit": commit(), "date": datetime.date.today().isoformat()}
+
+
+def commit() -> str:
+    """What was measured; a copied tree may have no git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def measured(scratch: Path) -> dict[str, object]:
     """The benches' records, where they got so far."""
     files = {name: scratch / f"{name}.json" for name in ("memory_ops", "meta_step")}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    found: dict[str, object] = {}
+    for name, file in files.items():
+        # absent, or half written by a step that ran out of time
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            found[name] = json.loads(file.read_text())
+    return found
 
 
 def table(record: dict) -> str:

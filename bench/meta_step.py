@@ -94,8 +94,9 @@ def gate(options: argparse.Namespace, device: torch.device) -> None:
             make_iteration(new_model(options, "pinmem", device), "pinmem", order, options, inner_lr)()
             for order in (1, 2)
         )
-        largest = max(float(value.abs().max()) for value in first.values())
-        distances.append(max(float((first[n] - second[n]).abs().max()) for n in first) / largest)
+        largest = torch.stack([value.abs().max() for value in first.values()]).max()
+        apart = torch.stack([(first[name] - second[name]).abs().max() for name in first]).max()
+        distances.append(float(apart / largest))
     print(f"gate: order 2 against order 1: {distances[0]:.1e} at inner lr 0, {distances[1]:.1e} at 0.0025")
     if not distances[0] < EQUAL < distances[1]:
         sys.exit("gate failed: nothing is timed")

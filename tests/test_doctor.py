@@ -44,6 +44,19 @@ def test_a_wrong_kernel_is_reported(capsys, monkeypatch):
 
 
 @NEEDS_CPU
+def test_nan_is_not_right(monkeypatch):
+    double_backward = memory_read.double_backward
+
+    def wrong(*arguments):
+        *grads, of_values, of_noise = double_backward(*arguments)
+        return (*grads, torch.full_like(of_values, float("nan")), of_noise)
+
+    monkeypatch.setattr(memory_read, "double_backward", wrong)
+    monkeypatch.setattr(backends, "BACKENDS", ("cpu", "reference"))
+    assert not doctor.collect()["checks"]["cpu memory_read"]["right"]
+
+
+@NEEDS_CPU
 def test_a_kernel_that_raises_is_reported(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no such luck")

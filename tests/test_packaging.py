@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -118,3 +119,39 @@ def test_metadata_needs_no_torch_and_no_compiler(tmp_path):
         env={**os.environ, "CXX": "false", "PMM_FAST_BUILD": "auto"},
     )
     assert run.stdout.splitlines()[-1] == pmm_fast.__version__, run.stderr
+
+
+def test_none_removes_what_an_earlier_build_left(tmp_path):
+    source = copy_source(tmp_path / "source")
+    old = source / "pmm_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    old.write_text("old")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {**os.environ, "PMM_FAST_BUILD": "none"}
+    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True)
+    assert not old.exists()
+    report = json.loads((source / "pmm_fast" / "_build.json").read_text())
+    assert report == dict.fromkeys(("_C", "_CUDA"), "PMM_FAST_BUILD=none when it was installed")
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"), [("pybind11", "the package pybind11 was not"), ("ninja", "ninja was not")]
+)
+def test_a_missing_build_package_is_named(tmp_path, package, reason):
+    source = copy_source(tmp_path / "source")
+    # None in sys.modules: as if it were not installed
+    code = f"import importlib.util as u, runpy, sys, os; sys.modules[{package!r}] = None; find = u.find_spec; "
+    code += f"u.find_spec = lambda name, *a: None if name == {package!r} else find(name, *a); "
+    code += "sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; runpy.run_path('setup.py', run_name='__main__')"
+    # the compiler's folder, and nothing that the virtual environment adds to it
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "ninja").exists())
+    path += os.pathsep + str(tmp_path)
+    (tmp_path / "g++").symlink_to(shutil.which("g++") or "false")
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PMM_FAST_BUILD": "auto", "PATH": path},
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads((source / "pmm_fast" / "_build.json").read_text())["_C"].startswith(reason)

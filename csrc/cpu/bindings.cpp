@@ -162,7 +162,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = PMM_COMPILER;
   module.def("instruction_sets", instruction_sets, "Those of this processor that kernels are built for, best first.");
   module.def("instruction_set", [] { return std::string(active().name); }, "The one in use.");
-  module.def("use_instruction_set", use_instruction_set, py::arg("name"), "Use another one (for tests and benches).");
+  module.def("use_instruction_set", use_instruction_set, py::arg("name"), "Use another one (for tests and benches; not while a kernel runs).");
   module.def("pass_workspace", [](py::kwargs given) { return active().pass_workspace(pass_args(given)); },
              "Bytes of scratch memory that memory_pass needs for these arguments.");
   module.def("memory_pass", [](py::kwargs given) { return without_lock(active().pass, pass_args(given)); },

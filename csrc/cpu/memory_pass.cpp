@@ -269,7 +269,9 @@ class Pass {
       s.pool.select(static_cast<const R*>(a.grad_sums), s.masses, a.channels);
       pool_backward(s.masses, norm_written, written, a.channels, s.pool);
       if (apart || !a.keys) {
-        const Combination<R> pooled{s.pool.rows, s.pool.weights, s.masses.count, s.pool.of_x, written};
+        // without normalising the gradient does not depend on the features, be they NaN
+        const R* of_x = norm_written ? s.pool.of_x : nullptr;
+        const Combination<R> pooled{s.pool.rows, s.pool.weights, s.masses.count, of_x, written};
         return write(apart ? a.written_out : a.features_out, run, pooled, a.channels, s.out);
       }
       terms.count += s.masses.count;

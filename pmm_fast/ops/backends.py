@@ -2,7 +2,8 @@
 
 Backends: ``reference`` (plain PyTorch), ``cpu`` (C++), ``triton``, ``cuda`` (C++).  The choice is automatic (the best
 one that can take the call) unless a name is given by :func:`use_backend` or by the environment variable
-``PMM_FAST_BACKEND``.  An automatic choice may fall back, and says so once; a named backend never falls back.
+``PMM_FAST_BACKEND``.  An automatic choice may fall back, and says so once if it ends in plain PyTorch; a named backend
+never falls back.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def register(
 ) -> None:
     """Make ``function`` the ``backend`` implementation of ``operator`` (called once by the operator's module)."""
     assert operator in OPERATORS and backend in BACKENDS, (operator, backend)
-    _implementations[operator, backend] = Implementation(function, refuses or (lambda *args, **kwargs: None))
+    _implementations[operator, backend] = Implementation(function, refuses or (lambda *args: None))
 
 
 def register_kernels(operator: str, function: Callable[..., Any]) -> None:
@@ -77,7 +78,7 @@ def missing(backend: str) -> str | None:
     return None
 
 
-def _refuses(backend: str, *args: Any, **kwargs: Any) -> str | None:
+def _refuses(backend: str, *args: Any) -> str | None:
     """Why a kernel backend cannot take a call, or None; the first argument is the map that the operator walks over."""
     reason = missing(backend)
     if reason:
@@ -87,18 +88,16 @@ def _refuses(backend: str, *args: Any, **kwargs: Any) -> str | None:
     expected = "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
     if device != expected:
         return f"the tensors are on {device}"
-    if any(other.device.type != device for other in args if isinstance(other, Tensor)):
-        return "the tensors are on different devices"
     if backend == "cpu" and tensor.dtype == torch.float16:
         return "no float16 on the CPU"
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(arg) for arg in args if isinstance(arg, Tensor)):
         return "torch.func transforms cannot see into a registered operator"
     return None
 
 
 def requested() -> str:
     """The backend asked for: by :func:`use_backend`, else by ``PMM_FAST_BACKEND``, else ``auto``."""
-    name = _chosen.get() or os.environ.get("PMM_FAST_BACKEND", "auto")
+    name = _chosen.get() or os.environ.get("PMM_FAST_BACKEND") or "auto"
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
     return name
@@ -133,11 +132,14 @@ def available_backends(operator: str) -> list[str]:
     return [name for name in BACKENDS if (operator, name) in _implementations and missing(name) is None]
 
 
-def _refusals(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
+def _refusals(operator: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     """Backend name to the reason it cannot take this call (None: it can), best backend first."""
+    devices = dict.fromkeys(str(arg.device) for arg in args if isinstance(arg, Tensor))
+    if len(devices) > 1:
+        raise ValueError(f"{operator}: all tensors must be on one device, got {', '.join(devices)}")
     reasons: dict[str, str | None] = {}
     for name in BACKENDS:
-        reasons[name] = _implementations[operator, name].refuses(*args, **kwargs)
+        reasons[name] = _implementations[operator, name].refuses(*args)
     return reasons
 
 
@@ -146,8 +148,8 @@ def _automatic(reasons: dict[str, str | None]) -> str:
     return next(name for name, reason in reasons.items() if reason is None and not (name == "triton" and interpreted()))
 
 
-def _choose(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    wanted, reasons = requested(), _refusals(operator, args, kwargs)
+def _choose(operator: str, args: tuple[Any, ...]) -> str:
+    wanted, reasons = requested(), _refusals(operator, args)
     if wanted == "auto":
         taken = _automatic(reasons)
         if taken == "reference":
@@ -170,28 +172,33 @@ def _say_once(operator: str, tensor: Tensor, reasons: dict[str, str | None]) -> 
     why = "; ".join(f"{name}: {reasons[name]}" for name in names)
     if (operator, why) not in _said:
         _said.add((operator, why))
-        warnings.warn(f"pmm_fast: {operator} runs in plain PyTorch, which is slower ({why})", stacklevel=4)
+        warnings.warn(f"pmm_fast: {operator} runs in plain PyTorch, which is slower ({why})", stacklevel=5)
 
 
-def dispatch(operator: str, *args: Any, **kwargs: Any) -> Any:
-    """Call the chosen implementation of an operator."""
-    name = _choose(operator, args, kwargs)
+def dispatch(operator: str, *args: Any) -> Any:
+    """Call the chosen implementation of an operator.
+
+    Raises:
+        ValueError: tensors on different devices.
+        RuntimeError: the backend asked for cannot take the call.
+    """
+    name = _choose(operator, args)
     calls = _calls.get()
     if calls is not None:
         calls.append((operator, name))
-    return _implementations[operator, name].function(*args, **kwargs)
+    return _implementations[operator, name].function(*args)
 
 
-def explain(operator: str, *args: Any, **kwargs: Any) -> str:
+def explain(operator: str, *args: Any) -> str:
     """Why each backend would or would not run ``operator`` on these arguments, one line a backend.
 
-    Without arguments it tells what this machine has.
+    The arguments are the operator's, in its order; without any it tells what this machine has.
 
     Raises:
-        ValueError: unknown operator.
+        ValueError: unknown operator, or tensors on different devices.
     """
     _check_operator(operator)
-    reasons = _refusals(operator, args, kwargs) if args or kwargs else {name: missing(name) for name in BACKENDS}
+    reasons = _refusals(operator, args) if args else {name: missing(name) for name in BACKENDS}
     wanted = requested()
     taken = wanted if wanted != "auto" else _automatic(reasons)
     lines = [f"{operator} (backend: {wanted})"]

@@ -37,6 +37,11 @@ def empty_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> 
     )
 
 
+def empty_map_if(wanted: bool, like: Tensor | None, features: Tensor, channels: int) -> Tensor:
+    """A fresh gradient of the map ``like``, or an empty tensor where there is no such map or it is not wanted."""
+    return empty_map(like, channels) if wanted and like is not None else features.new_empty((0,))
+
+
 def empty_if(wanted: bool, like: Tensor) -> Tensor:
     """A fresh gradient of a ``[K, C]`` matrix, or an empty tensor where it is not wanted."""
     return like.new_empty(like.shape if wanted else (0,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -10,16 +12,17 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_map(operator: str, name: str, tensor: Tensor, axes: str = "[B, C, h, w]") -> None:
-    """A floating-point map with four axes."""
-    if tensor.dim() != 4:
+    """A floating-point map with four axes and at least one channel."""
+    if tensor.dim() != 4 or tensor.shape[1] == 0:
         raise ValueError(f"{operator}: {name} must be {axes}, got shape {tuple(tensor.shape)}")
     if tensor.dtype not in _FLOATS:
         raise ValueError(f"{operator}: {name} must be floating point, got {tensor.dtype}")
 
 
-def check_labels(operator: str, labels: Tensor, batch: int, num_classes: int) -> None:
-    """Integer labels ``[B, H, W]``; the values are looked at by whoever reads them."""
-    if labels.dim() != 3 or labels.shape[0] != batch:
+def check_labels(operator: str, labels: Tensor, batch: int, num_classes: int, sampled: bool = True) -> None:
+    """Integer labels ``[B, H, W]``, not empty if they are sampled; the values are looked at by whoever reads them."""
+    empty = sampled and batch > 0 and labels.numel() == 0
+    if labels.dim() != 3 or labels.shape[0] != batch or empty:
         raise ValueError(f"{operator}: labels must be [B, H, W] with B = {batch}, got shape {tuple(labels.shape)}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"{operator}: labels must have an integer dtype, got {labels.dtype}")
@@ -38,7 +41,9 @@ def wrong_labels(operator: str, values: list[int], num_classes: int, ignore_inde
 def comparable_labels(labels: Tensor, *numbers: int) -> Tensor:
     """Labels in a type that holds the numbers too: PyTorch would wrap them (uint8 255 equals -1)."""
     limits = torch.iinfo(labels.dtype)
-    return labels if all(limits.min <= number <= limits.max for number in numbers) else labels.long()
+    # PyTorch compares no unsigned type but uint8
+    comparable = labels.dtype not in (torch.uint16, torch.uint32, torch.uint64)
+    return labels if comparable and all(limits.min <= n <= limits.max for n in numbers) else labels.long()
 
 
 def check_label_values(operator: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -57,8 +62,8 @@ def check_label_values(operator: str, labels: Tensor, num_classes: int, ignore_i
 
 
 def check_memory(operator: str, memory: Tensor, channels: int) -> None:
-    """A memory ``[K, C]`` as wide as the features."""
-    if memory.dim() != 2 or memory.shape[1] != channels:
+    """A memory ``[K, C]`` as wide as the features, with at least one slot."""
+    if memory.dim() != 2 or memory.shape[1] != channels or memory.shape[0] == 0:
         raise ValueError(f"{operator}: memory must be [K, C] with C = {channels}, got shape {tuple(memory.shape)}")
     if memory.dtype not in _FLOATS:
         raise ValueError(f"{operator}: memory must be floating point, got {memory.dtype}")
@@ -70,6 +75,8 @@ def check_noise(operator: str, noise: Tensor | None, features: Tensor, slots: in
     if noise is not None and noise.dtype == torch.int64:
         if noise.numel() != 1:
             raise ValueError(f"{operator}: a seed of noise must have one element, got shape {tuple(noise.shape)}")
+    elif noise is not None and not noise.dtype.is_floating_point:
+        raise ValueError(f"{operator}: noise must be floating point, or an int64 seed, got {noise.dtype}")
     elif noise is not None and tuple(noise.shape) != expected:
         raise ValueError(f"{operator}: noise must be [B, K, h, w] = {expected}, got shape {tuple(noise.shape)}")
     if not temperature > 0:
@@ -80,12 +87,14 @@ def check_values(operator: str, values: Tensor | None, slots: int) -> None:
     """Values ``[K, D]`` with one row a slot, or None."""
     if values is None:
         return
-    if values.dim() != 2 or values.shape[0] != slots:
+    if values.dim() != 2 or values.shape[0] != slots or values.shape[1] == 0:
         raise ValueError(f"{operator}: values must be [K, D] with K = {slots}, got shape {tuple(values.shape)}")
     if values.dtype not in _FLOATS:
         raise ValueError(f"{operator}: values must be floating point, got {values.dtype}")
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Operators choose their own precision: float32 sums, norms and softmax whatever autocast says."""
+    if not torch.amp.is_autocast_available(tensor.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

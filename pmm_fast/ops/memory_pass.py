@@ -12,6 +12,7 @@ from pmm_fast.ops.backends import dispatch, register, register_kernels
 from pmm_fast.ops.chain import (
     empty_if,
     empty_map,
+    empty_map_if,
     empty_noise_gradient,
     kernels,
     refuse_third_order,
@@ -171,10 +172,6 @@ def _(
     )
 
 
-def _fake_map(is_wanted: bool, like: Tensor | None, features: Tensor, channels: int) -> Tensor:
-    return empty_map(like, channels) if is_wanted and like is not None else features.new_empty((0,))
-
-
 @_backward.register_fake
 def _(
     grad_read: Tensor | None,
@@ -193,8 +190,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     channels = features.shape[1]
     return (
-        _fake_map(mask[0], features, features, channels),
-        _fake_map(mask[1], written, features, channels),
+        empty_map_if(mask[0], features, features, channels),
+        empty_map_if(mask[1], written, features, channels),
         empty_if(mask[2], keys),
         empty_if(mask[3], values),
         empty_noise_gradient(mask[4], noise, features),
@@ -224,11 +221,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = features.shape
     return (
-        _fake_map(mask[0], features, features, values.shape[1]),
+        empty_map_if(mask[0], features, features, values.shape[1]),
         keys.new_empty((batch, keys.shape[0], height, width) if mask[1] else (0,)),
         empty_if(mask[2], keys),
-        _fake_map(mask[3], features, features, channels),
-        _fake_map(mask[4], written, features, channels),
+        empty_map_if(mask[3], features, features, channels),
+        empty_map_if(mask[4], written, features, channels),
         empty_if(mask[5], keys),
         empty_if(mask[6], values),
         empty_noise_gradient(mask[7], noise, features),

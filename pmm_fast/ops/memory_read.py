@@ -9,7 +9,15 @@ from torch import Tensor
 
 from pmm_fast.ops import reference
 from pmm_fast.ops.backends import dispatch, register, register_kernels
-from pmm_fast.ops.chain import empty_if, empty_map, empty_noise_gradient, kernels, refuse_third_order, wanted
+from pmm_fast.ops.chain import (
+    empty_if,
+    empty_map,
+    empty_map_if,
+    empty_noise_gradient,
+    kernels,
+    refuse_third_order,
+    wanted,
+)
 from pmm_fast.ops.checks import check_map, check_memory, check_noise, check_values, no_autocast
 
 _NAME = "memory_read"
@@ -108,10 +116,6 @@ def _(
     return empty_map(features, values.shape[1]), scores
 
 
-def _fake_map(is_wanted: bool, features: Tensor, channels: int) -> Tensor:
-    return empty_map(features, channels) if is_wanted else features.new_empty((0,))
-
-
 @_backward.register_fake
 def _(
     grad_read: Tensor | None,
@@ -125,7 +129,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _fake_map(mask[0], features, features.shape[1]),
+        empty_map_if(mask[0], features, features, features.shape[1]),
         empty_if(mask[1], keys),
         empty_if(mask[2], values),
         empty_noise_gradient(mask[3], noise, features),
@@ -150,9 +154,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = features.shape
     return (
-        _fake_map(mask[0], features, values.shape[1]),
+        empty_map_if(mask[0], features, features, values.shape[1]),
         keys.new_empty((batch, keys.shape[0], height, width) if mask[1] else (0,)),
-        _fake_map(mask[2], features, channels),
+        empty_map_if(mask[2], features, features, channels),
         empty_if(mask[3], keys),
         empty_if(mask[4], values),
         empty_noise_gradient(mask[5], noise, features),

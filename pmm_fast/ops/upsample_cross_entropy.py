@@ -26,7 +26,7 @@ def upsample_cross_entropy(
     loss = -1/n sum over pixels with label != ignore_index of log softmax(up(logits))[label], n their number.
 
     Args:
-        logits: ``[B, K, h, w]``, float64, float32, bf16 or fp16.
+        logits: ``[B, K, h, w]``, float64, float32, bf16 or fp16, finite (an infinite one has no interpolation: NaN).
         labels: ``[B, H, W]``, any integer dtype, classes ``0..K-1`` or ``ignore_index``.
         ignore_index: label of pixels that do not count.
         align_corners: sampling of ``F.interpolate``; the released networks use True everywhere.
@@ -44,7 +44,7 @@ def upsample_cross_entropy(
         for the cohesion loss, ``memory.py:172-176``.
     """
     check_map(_NAME, "logits", logits, "[B, K, h, w]")
-    check_labels(_NAME, labels, logits.shape[0], logits.shape[1])
+    check_labels(_NAME, labels, logits.shape[0], logits.shape[1], sampled=False)
     with no_autocast(logits):
         return dispatch(_NAME, logits, labels, ignore_index, align_corners)
 

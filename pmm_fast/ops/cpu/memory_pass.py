@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pmm_fast.ops.chain import empty_if, empty_map, empty_noise_gradient
+from pmm_fast.ops.chain import empty_if, empty_map, empty_map_if, empty_noise_gradient
 from pmm_fast.ops.cpu import noise_fields, readable_labels, run_pass
 
 _NAME = "memory_pass"
-
-
-def _empty_map_if(wanted: bool, like: Tensor | None, features: Tensor, channels: int) -> Tensor:
-    return empty_map(like, channels) if wanted and like is not None else features.new_empty((0,))
 
 
 def _scores_like(features: Tensor, keys: Tensor) -> Tensor:
@@ -63,8 +59,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of features, written, keys, values and noise; empty where ``mask`` does not ask for them."""
     (classes, channels), depth = keys.shape, values.shape[1]
-    of_features = _empty_map_if(mask[0], features, features, channels)
-    of_written = _empty_map_if(mask[1], written, features, channels)
+    of_features = empty_map_if(mask[0], features, features, channels)
+    of_written = empty_map_if(mask[1], written, features, channels)
     of_keys, of_values = empty_if(mask[2], keys), empty_if(mask[3], values)
     of_noise = empty_noise_gradient(mask[4], noise, features)
     labels = None if labels is None else readable_labels(labels)
@@ -99,11 +95,11 @@ def double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of grad_read, grad_scores, grad_sums, features, written, keys, values, noise; empty if unwanted."""
     (classes, channels), depth = keys.shape, values.shape[1]
-    of_read = _empty_map_if(mask[0], features, features, depth)
+    of_read = empty_map_if(mask[0], features, features, depth)
     of_scores = _scores_like(features, keys) if mask[1] else keys.new_empty((0,))
     of_sums = empty_if(mask[2], keys)
-    of_features = _empty_map_if(mask[3], features, features, channels)
-    of_written = _empty_map_if(mask[4], written, features, channels)
+    of_features = empty_map_if(mask[3], features, features, channels)
+    of_written = empty_map_if(mask[4], written, features, channels)
     of_keys, of_values = empty_if(mask[5], keys), empty_if(mask[6], values)
     of_noise = empty_noise_gradient(mask[7], noise, features)
     labels = None if labels is None else readable_labels(labels)

@@ -11,14 +11,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from pmm_fast.ops import cuda
-from pmm_fast.ops.chain import empty_if, empty_map, empty_noise_gradient
+from pmm_fast.ops.chain import empty_if, empty_map, empty_map_if, empty_noise_gradient
 from pmm_fast.ops.cuda import masked_average_pool, memory_read
 
 _NAME = "memory_pass"
-
-
-def _map_if(wanted: bool, like: Tensor | None, features: Tensor, channels: int) -> Tensor:
-    return empty_map(like, channels) if wanted and like is not None else features.new_empty((0,))
 
 
 def forward(
@@ -73,7 +69,7 @@ def _read_backward(
     if grad_read is not None or grad_scores is not None:
         return memory_read.backward(grad_read, grad_scores, features, keys, values, noise, temperature, mask)
     return (
-        _map_if(mask[0], features, features, features.shape[1]).zero_(),
+        empty_map_if(mask[0], features, features, features.shape[1]).zero_(),
         empty_if(mask[1], keys).zero_(),
         empty_if(mask[2], values).zero_(),
         empty_noise_gradient(mask[3], noise, features).zero_(),
@@ -100,7 +96,7 @@ def backward(
         first, *rest = _read_backward(grad_read, grad_scores, features, keys, values, noise, temperature, of_read)
         second = _pool_backward(grad_sums, written, labels, ignore_index, mask[1], features)
         return first, second, rest[0], rest[1], rest[2]
-    of_features = _map_if(mask[0], features, features, features.shape[1])
+    of_features = empty_map_if(mask[0], features, features, features.shape[1])
     of_keys, of_values = empty_if(mask[2], keys), empty_if(mask[3], values)
     of_noise = empty_noise_gradient(mask[4], noise, features)
     call = cuda.memory_call(features, keys.shape[0])
@@ -134,7 +130,7 @@ def _pool_double_backward(
             both[0] if mask[0] else empty_if(False, keys),
             both[1] if mask[1] else features.new_empty((0,)),
         )
-    return empty_if(mask[0], keys).zero_(), _map_if(mask[1], written, features, features.shape[1]).zero_()
+    return empty_if(mask[0], keys).zero_(), empty_map_if(mask[1], written, features, features.shape[1]).zero_()
 
 
 def double_backward(
@@ -181,9 +177,9 @@ def _double_backward_of_one(
     """Of one tensor that is read and pooled, both halves in one walk."""
     keys, values, noise, _ = memory
     nothing = features.new_empty((0,))
-    of_read = _map_if(mask[0], features, features, values.shape[1])
+    of_read = empty_map_if(mask[0], features, features, values.shape[1])
     of_scores = keys.new_empty((features.shape[0], keys.shape[0], *features.shape[2:]) if mask[1] else (0,))
-    of_features = _map_if(mask[3], features, features, features.shape[1])
+    of_features = empty_map_if(mask[3], features, features, features.shape[1])
     of_sums, of_keys, of_values = empty_if(mask[2], keys), empty_if(mask[5], keys), empty_if(mask[6], values)
     of_noise = empty_noise_gradient(mask[7], noise, features)
     call = cuda.memory_call(features, keys.shape[0])
