@@ -14,9 +14,6 @@
 namespace pmm::PMM_ISA {
 namespace {
 
-template <class T>
-using Computed = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // What a thread works in.
 template <class R>
 struct Scratch {
@@ -380,24 +377,17 @@ class Pass {
   }
 };
 
-template <class Function>
-auto with_type(const PassArgs& args, Function function) {
-  if (args.type == Type::kFloat64) return function(double{});
-  if (args.type == Type::kBFloat16) return function(BFloat16{});
-  return function(float{});
-}
-
 }  // namespace
 
 int64_t pass_workspace(const PassArgs& args) {
-  return with_type(args, [&](auto type) {
+  return with_type(args.type, [&](auto type) {
     Arena arena(nullptr);
     return Pass<decltype(type)>(args, arena).workspace();
   });
 }
 
 bool pass(const PassArgs& args) {
-  return with_type(args, [&](auto type) {
+  return with_type(args.type, [&](auto type) {
     Arena arena(args.workspace);
     return Pass<decltype(type)>(args, arena).run();
   });

@@ -39,6 +39,18 @@ inline void from_real(float x, BFloat16* out) {
   out->bits = uint16_t(x != x ? (bits >> 16) | 0x40 : rounded);
 }
 
+// what values of a type are computed in
+template <class T>
+using Computed = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// calls a function with a value of the type that is meant
+template <class Function>
+auto with_type(Type type, Function function) {
+  if (type == Type::kFloat64) return function(double{});
+  if (type == Type::kBFloat16) return function(BFloat16{});
+  return function(float{});
+}
+
 // A run of positions of one image.
 struct Run {
   int64_t image, start;

@@ -13,9 +13,6 @@
 namespace pmm::PMM_ISA {
 namespace {
 
-template <class T>
-using Computed = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // One axis: the cell of each output index, and its distance from the cell's near end.
 struct Axis {
   int64_t* cell;
@@ -376,24 +373,17 @@ class Loss {
   }
 };
 
-template <class Function>
-auto with_type(const LossArgs& args, Function function) {
-  if (args.type == Type::kFloat64) return function(double{});
-  if (args.type == Type::kBFloat16) return function(BFloat16{});
-  return function(float{});
-}
-
 }  // namespace
 
 int64_t loss_workspace(const LossArgs& args) {
-  return with_type(args, [&](auto type) {
+  return with_type(args.type, [&](auto type) {
     Arena arena(nullptr);
     return Loss<decltype(type)>(args, arena).workspace();
   });
 }
 
 bool loss(const LossArgs& args) {
-  return with_type(args, [&](auto type) {
+  return with_type(args.type, [&](auto type) {
     Arena arena(args.workspace);
     return Loss<decltype(type)>(args, arena).run();
   });
