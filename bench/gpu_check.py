@@ -46,8 +46,9 @@ def main() -> None:
     scratch.mkdir()
     deadline = time.monotonic() + options.seconds
     make_environment()
+    description = describe()
     results = [run(name, command, limit, deadline) for name, command, limit in steps(scratch)]
-    record = describe() | {"steps": results} | measured(scratch)
+    record = description | {"steps": results} | measured(scratch)
     stem = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
     (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / f"{stem}.md").write_text(table(record))
@@ -131,7 +132,10 @@ def describe() -> dict[str, object]:
         "'triton': m.version('triton'), 'python': platform.python_version()}))"
     )
     found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
-    details = json.loads(found.stdout) if found.returncode == 0 else {"device": "no device", "error": found.stderr}
+    if found.returncode:
+        reason = found.stderr.strip().splitlines()[-1]
+        sys.exit(f"error: {sys.executable} has no PyTorch with Triton and a CUDA GPU: {reason}")
+    details = json.loads(found.stdout)
     return details | {"commit": commit(), "date": datetime.date.today().isoformat()}
 
 
