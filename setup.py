@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -150,15 +151,16 @@ def cuda_build(output: Path) -> list[str]:
     """The ninja file of ``_CUDA``; the CUDA runtime is linked statically, so that it loads without a driver."""
     cxx, nvcc = find_cxx(), find_nvcc()
     home = cuda_home(nvcc)
-    archs = os.environ.get("PMM_FAST_CUDA_ARCHS", "80 90").split()
+    archs = (os.environ.get("PMM_FAST_CUDA_ARCHS") or "80 90").split()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     # newer devices compile the last one's intermediate code when they first load it
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *codes]
     lines = rule("nvcc", f"{word(nvcc)} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out")
-    lines += rule(
-        "cxx", f"{cxx} -MMD -MF $out.d {' '.join(COMMON + includes())} {word(f'-I{home}/include')} -c $in -o $out"
-    )
+    release = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    version = f"nvcc {release.group(1) if release else ''} for sm_{' sm_'.join(archs)}"
+    options = [*COMMON, *includes(), word(f"-I{home}/include"), word(f'-DPMM_COMPILER="{version}"')]
+    lines += rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(options)} -c $in -o $out")
     libraries = " ".join(word(f"-L{home / name}") for name in ("lib64", "lib"))
     lines += ["rule link", f"  command = {cxx} -shared $in -o $out {libraries} -lcudart_static -lrt -ldl -lpthread"]
     objects = []

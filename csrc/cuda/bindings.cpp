@@ -137,6 +137,9 @@ void bind_emulator(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_CUDA, module) {
+#ifdef PMM_COMPILER
+    module.attr("compiler") = PMM_COMPILER;
+#endif
     module.doc() = "CUDA kernels of pmm_fast; orders: 0 forward, 1 backward, 2 double backward.";
     bind_call(module);
     bind_upsample(module);
