@@ -136,12 +136,12 @@ def scalar_bits(value: float) -> int:
     return struct.unpack("q", struct.pack("d", value))[0]
 
 
-def empty_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty_map(like: Tensor, channels: int) -> Tensor:
     """An uninitialised ``[B, channels, h, w]``, channels last where ``like`` is (and only is) that."""
     last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
         (like.shape[0], channels, *like.shape[2:]),
-        dtype=dtype or like.dtype,
+        dtype=like.dtype,
         device=like.device,
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )

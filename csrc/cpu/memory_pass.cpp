@@ -186,11 +186,9 @@ class Pass {
   }
 
   void find_masses(const Run& run, Scratch<R>& s) {
-    bool ok = true;
-    if (a.label_type == LabelType::kUInt8) ok = class_masses<uint8_t>(a, tap_rows, tap_columns, run, s.masses);
-    if (a.label_type == LabelType::kInt16) ok = class_masses<int16_t>(a, tap_rows, tap_columns, run, s.masses);
-    if (a.label_type == LabelType::kInt32) ok = class_masses<int32_t>(a, tap_rows, tap_columns, run, s.masses);
-    if (a.label_type == LabelType::kInt64) ok = class_masses<int64_t>(a, tap_rows, tap_columns, run, s.masses);
+    const bool ok = with_label_type(a.label_type, [&](auto label) {
+      return class_masses<decltype(label)>(a, tap_rows, tap_columns, run, s.masses);
+    });
     if (!ok) good = false;
   }
 

@@ -82,15 +82,13 @@ bool class_masses(const PassArgs& args, const Taps<R>& rows, const Taps<R>& colu
 // What the pool adds to the gradient of a tile, as terms of a Combination: rows of G with weights, and coefficients.
 template <class R>
 struct PoolTerms {
-  const R** rows;  // the present rows of G
-  R* weights;      // [K][kTile]
-  R *of_x, *of_a;  // [kTile]
+  const R** rows = nullptr;  // the present rows of G; these two lie where the walk collects a gradient's terms
+  R* weights = nullptr;      // [K][kTile]
+  R *of_x, *of_a;            // [kTile]
   R *with_x, *with_a;  // scratch: G_k . f and G_k . a
 
   PoolTerms(Arena& arena, int64_t classes)
-      : rows(arena.take<const R*>(classes)),
-        weights(arena.take<R>(classes * kTile<R>)),
-        of_x(arena.take<R>(kTile<R>)),
+      : of_x(arena.take<R>(kTile<R>)),
         of_a(arena.take<R>(kTile<R>)),
         with_x(arena.take<R>(classes * kTile<R>)),
         with_a(arena.take<R>(classes * kTile<R>)) {}

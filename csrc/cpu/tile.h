@@ -51,6 +51,15 @@ auto with_type(Type type, Function function) {
   return function(float{});
 }
 
+// the same for labels
+template <class Function>
+auto with_label_type(LabelType type, Function function) {
+  if (type == LabelType::kInt16) return function(int16_t{});
+  if (type == LabelType::kInt32) return function(int32_t{});
+  if (type == LabelType::kInt64) return function(int64_t{});
+  return function(uint8_t{});
+}
+
 // A run of positions of one image.
 struct Run {
   int64_t image, start;

@@ -242,10 +242,7 @@ class Loss {
   // -1 where there is no pixel, or an ignored one
   void read_labels(int64_t image, int64_t out, Scratch<R>& s) {
     std::fill_n(s.labels, first_step[groups] * L, -1);
-    if (a.label_type == LabelType::kUInt8) read_labels_as<uint8_t>(image, out, s.labels);
-    if (a.label_type == LabelType::kInt16) read_labels_as<int16_t>(image, out, s.labels);
-    if (a.label_type == LabelType::kInt32) read_labels_as<int32_t>(image, out, s.labels);
-    if (a.label_type == LabelType::kInt64) read_labels_as<int64_t>(image, out, s.labels);
+    with_label_type(a.label_type, [&](auto label) { read_labels_as<decltype(label)>(image, out, s.labels); });
   }
 
   void interpolate(const R* above, const R* below, R weight, R* row) const {

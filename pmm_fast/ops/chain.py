@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from pmm_fast.ops.checks import is_seed
 from pmm_fast.ops.reference import compute_dtype
 
 _PACKAGES = {"cpu": "pmm_fast.ops.cpu", "triton": "pmm_fast.kernels", "cuda": "pmm_fast.ops.cuda"}
@@ -26,12 +27,12 @@ def kernels(operator: str, backend: str) -> ModuleType:
     return importlib.import_module(f"{_PACKAGES[backend]}.{operator}")
 
 
-def empty_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty_map(like: Tensor, channels: int) -> Tensor:
     """An uninitialised ``[B, channels, h, w]``, channels last where ``like`` is (and only is) that."""
     last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
         (like.shape[0], channels, *like.shape[2:]),
-        dtype=dtype or like.dtype,
+        dtype=like.dtype,
         device=like.device,
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )
@@ -50,11 +51,6 @@ def empty_if(wanted: bool, like: Tensor) -> Tensor:
 def wanted(gradient: Tensor | None, mask: bool) -> Tensor | None:
     """A registered op must return tensors, empty for what was not computed; autograd takes None for those."""
     return gradient if mask else None
-
-
-def is_seed(noise: Tensor | None) -> bool:
-    """Whether noise is given as the seed it is drawn from."""
-    return noise is not None and noise.dtype == torch.int64
 
 
 def empty_noise_gradient(wanted: bool, noise: Tensor | None, features: Tensor) -> Tensor:

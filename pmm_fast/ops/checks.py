@@ -30,14 +30,6 @@ def check_labels(operator: str, labels: Tensor, batch: int, num_classes: int, sa
         raise ValueError(f"{operator}: num_classes must be positive, got {num_classes}")
 
 
-def wrong_labels(operator: str, values: list[int], num_classes: int, ignore_index: int) -> ValueError:
-    """The error for labels that are neither classes nor ignored."""
-    return ValueError(
-        f"{operator}: labels hold {', '.join(map(str, values))}, expected classes in 0..{num_classes - 1} "
-        f"or the ignore index {ignore_index}"
-    )
-
-
 def comparable_labels(labels: Tensor, *numbers: int) -> Tensor:
     """Labels in a type that holds the numbers too: PyTorch would wrap them (uint8 255 equals -1)."""
     limits = torch.iinfo(labels.dtype)
@@ -58,7 +50,11 @@ def check_label_values(operator: str, labels: Tensor, num_classes: int, ignore_i
     if labels.device.type != "cpu":
         torch._assert_async(~wrong.any(), f"{operator}: a label is neither a class in 0..{num_classes - 1} nor ignored")
     elif wrong.any():
-        raise wrong_labels(operator, sorted(set(labels[wrong].tolist()))[:5], num_classes, ignore_index)
+        values = sorted(set(labels[wrong].tolist()))[:5]
+        raise ValueError(
+            f"{operator}: labels hold {', '.join(map(str, values))}, expected classes in 0..{num_classes - 1} "
+            f"or the ignore index {ignore_index}"
+        )
 
 
 def check_memory(operator: str, memory: Tensor, channels: int) -> None:
@@ -69,10 +65,15 @@ def check_memory(operator: str, memory: Tensor, channels: int) -> None:
         raise ValueError(f"{operator}: memory must be floating point, got {memory.dtype}")
 
 
+def is_seed(noise: Tensor | None) -> bool:
+    """Whether noise is given as the seed it is drawn from."""
+    return noise is not None and noise.dtype == torch.int64
+
+
 def check_noise(operator: str, noise: Tensor | None, features: Tensor, slots: int, temperature: float) -> None:
     """Noise ``[B, K, h, w]``, a seed (int64, one element) or None, and a positive temperature."""
     expected = (features.shape[0], slots, *features.shape[2:])
-    if noise is not None and noise.dtype == torch.int64:
+    if noise is not None and is_seed(noise):
         if noise.numel() != 1:
             raise ValueError(f"{operator}: a seed of noise must have one element, got shape {tuple(noise.shape)}")
     elif noise is not None and not noise.dtype.is_floating_point:

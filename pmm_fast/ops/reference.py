@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmm_fast.ops.checks import check_label_values
+from pmm_fast.ops.checks import check_label_values, is_seed
 
 # below this squared norm a vector counts as zero (F.normalize clamps the norm itself at 1e-12)
 ZERO_SQUARED_NORM = 1e-24
@@ -30,7 +30,7 @@ def to_compute_dtype(
     dtype = compute_dtype(features.dtype)
     keys = memory.to(dtype)
     values = keys if values is None else values.to(dtype)
-    return keys, values, noise if noise is None or noise.dtype == torch.int64 else noise.to(dtype)
+    return keys, values, noise if noise is None or is_seed(noise) else noise.to(dtype)
 
 
 def normalize(x: Tensor, dim: int) -> Tensor:
@@ -112,7 +112,7 @@ def memory_read(
 def assignment(scores: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """The weights of the read: softmax over slots of (scores + noise) / temperature, ``[B, K, h, w]``."""
     if noise is not None:
-        if noise.dtype == torch.int64:
+        if is_seed(noise):
             noise = seeded_gumbel_noise(noise, tuple(scores.shape), scores.dtype)
         scores = scores + noise.to(scores.dtype)
     return torch.softmax(scores / temperature, 1)

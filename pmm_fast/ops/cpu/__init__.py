@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmm_fast.ops.checks import check_label_values
+from pmm_fast.ops.checks import check_label_values, is_seed
 from pmm_fast.ops.extension import load
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _LABEL_TYPES = {torch.uint8: 0, torch.int16: 1, torch.int32: 2, torch.int64: 3}
-
-Argument = tuple[int, ...] | int | None
 
 
 def map_of(tensor: Tensor | None) -> tuple[int, ...] | None:
@@ -92,6 +90,6 @@ def run_pass(
 
 def noise_fields(noise: Tensor | None) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Noise as a map or, a seed, as a matrix."""
-    if noise is not None and noise.dtype == torch.int64:
+    if is_seed(noise):
         return {}, {"seed": noise}
     return {"noise": noise}, {}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmm_fast.ops import extension
-from pmm_fast.ops.chain import is_seed
+from pmm_fast.ops.checks import is_seed
 from pmm_fast.ops.reference import compute_dtype
 
 FORWARD, BACKWARD, DOUBLE_BACKWARD = range(3)
