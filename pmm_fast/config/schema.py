@@ -152,6 +152,14 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     amp: bool = option(False, "mixed precision: autocast in the inner and the outer gradient")
     amp_dtype: Literal["bf16", "fp16"] = option("bf16", "type of mixed precision; fp16 scales the losses")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "compile the step, checked against the plain one on the first batch; auto: where it was measured to pay"
+    )
+    strict: bool = option(False, "stop when the compiled step differs from the plain one, rather than go on without it")
+    checkpoint_activations: bool = option(
+        False, "keep a block's input and compute the rest again for its derivatives: slower, far less memory"
+    )
+    tf32: bool = option(False, "let float32 convolutions and products on a GPU round their inputs to 10 bits (TF32)")
     resume: bool = option(False, "continue the run in `out` from its last checkpoint")
     checkpoint_every: int = option(1000, "iterations between checkpoints")
     log_every: int = option(10, "iterations between log lines")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pmm_fast import meta, ops
+from pmm_fast import meta
 from pmm_fast.config import Config, to_dict, to_yaml
 from pmm_fast.data import make_loader
 from pmm_fast.engine import build, checkpoint
@@ -29,6 +29,7 @@ from pmm_fast.engine.optim import (
 # streams of random numbers that depend on the seed and the iteration alone, so that resuming needs no state
 SPLIT_STREAM = 1
 INIT_STREAM = 2
+NOISE_STREAM = 3
 
 
 class NonFiniteLossError(ValueError):
@@ -54,6 +55,8 @@ class Trainer:
         self.model, backbone = build.create_model(config)
         self.model.to(self.device)
         self.network = meta.Network(self.model)
+        self.step = meta.step
+        self.generator = torch.Generator(self.device)
         self.params, self.buffers, self.memory = meta.split_state(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scale = LossScale(config.amp and config.amp_dtype == "fp16")
@@ -115,9 +118,10 @@ class Trainer:
         total_grads: meta.State = {}
         total_losses: dict[str, Tensor] = {}
         buffers = self.buffers
-        for images, labels in micro_batches:
+        for index, (images, labels) in enumerate(micro_batches):
             mtr, mte = _take(images, labels, train), _take(images, labels, test) if test else None
-            result = meta.step(self.params, buffers, self.memory, mtr, mte, self._noise(mtr, mte), hyper)
+            noise = self._noise((len(mtr.images), len(mte.images) if mte else 0), index)
+            result = self.step(self.params, buffers, self.memory, mtr, mte, noise, hyper)
             _accumulate(total_grads, result.grads, config.optim.accumulate)
             _accumulate(total_losses, result.losses, config.optim.accumulate)
             buffers = result.buffers
@@ -152,14 +156,13 @@ class Trainer:
             return list(range(domains)), []
         return meta.draw_split(domains, np.random.default_rng([self.config.seed, SPLIT_STREAM, iteration]))
 
-    def _noise(self, mtr: meta.Batch, mte: meta.Batch | None) -> meta.Noise:
-        if self.memory is None or not self.config.memory.gumbel:
-            return meta.Noise()
-        return meta.Noise(*(None if batch is None else self._gumbel(batch) for batch in (mtr, mte)))
-
-    def _gumbel(self, batch: meta.Batch) -> Tensor:
-        height, width = self.model.feature_size(batch.images.shape[2], batch.images.shape[3])
-        return ops.gumbel_noise((len(batch.images), self.model.num_classes, height, width), device=self.device)
+    def _noise(self, sizes: tuple[int, int], micro_batch: int) -> meta.Noise:
+        """What is random in a step, from the seed and the iteration alone."""
+        sequence = np.random.SeedSequence([self.config.seed, NOISE_STREAM, self.iteration, micro_batch])
+        self.generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
+        gumbel = self.memory is not None and self.config.memory.gumbel
+        channels = self.model.aux_head.dropped_channels
+        return meta.draw_noise(sizes, channels, self.config.model.aux_dropout, gumbel, self.generator)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         accumulate = self.config.optim.accumulate
@@ -207,8 +210,6 @@ class Trainer:
             "iteration": self.iteration,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scale.state_dict(),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         content = {"format": checkpoint.FORMAT, "model": checkpoint.describe_model(self.model)}
         content |= {"config": to_dict(self.config), "training": training}
@@ -231,9 +232,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group.update(momentum=self.config.optim.momentum, weight_decay=self.config.optim.weight_decay)
         self.scale.load_state_dict(training["scaler"])
-        torch.set_rng_state(training["rng"])
-        if self.device.type == "cuda" and training["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(training["rng_cuda"], self.device)
         self.iteration = training["iteration"]
         changed = _changed_options(content["config"], to_dict(self.config))
         self._say(f"resumed at iteration {self.iteration}" + "".join(f"; changed: {option}" for option in changed))

@@ -1,7 +1,7 @@
 """The meta step: Algorithm 1 as pure functions of parameters, buffers and memory."""
 
 from pmm_fast.meta.network import Network, State, split_state
-from pmm_fast.meta.schedule import draw_split, initialise_memory
+from pmm_fast.meta.schedule import draw_noise, draw_split, initialise_memory
 from pmm_fast.meta.step import (
     MEMORY_MODES,
     META_MODES,
@@ -23,6 +23,7 @@ __all__ = [
     "Noise",
     "State",
     "StepResult",
+    "draw_noise",
     "draw_split",
     "initialise_memory",
     "read_losses",

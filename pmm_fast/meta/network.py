@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pmm_fast.models.batchnorm import BatchNorm2d
+
 State = dict[str, Tensor]
 MEMORY_BUFFER = "memory.slots"
 
@@ -20,10 +22,15 @@ class Network:
 
     Args:
         model: whose structure is taken; it is neither changed nor kept.
+        group: name of the process group whose ranks work on one batch together; None: this process has all of it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, group: str | None = None) -> None:
         skeleton = copy.deepcopy(model).to("meta")
+        self.group = group
+        for module in skeleton.modules():
+            if isinstance(module, BatchNorm2d):
+                module.group = group
         self._modules = {True: skeleton.train(), False: copy.deepcopy(skeleton).eval()}
         self.has_memory = getattr(model, "memory", None) is not None
 

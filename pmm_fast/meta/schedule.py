@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pmm_fast import ops
 from pmm_fast.meta.network import State
-from pmm_fast.meta.step import Batch, Hyper, autocast
+from pmm_fast.meta.step import Batch, Hyper, Noise, autocast
 
 
 def draw_split(num_domains: int, generator: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -33,6 +33,36 @@ def draw_split(num_domains: int, generator: np.random.Generator) -> tuple[list[i
     order = generator.permutation(num_domains).tolist()
     cut = int(generator.integers(1, num_domains))
     return order[:cut], order[cut:]
+
+
+def draw_noise(
+    sizes: tuple[int, int], dropped_channels: int, dropout: float, gumbel: bool, generator: torch.Generator
+) -> Noise:
+    """What is random in one step; nothing is read back from the device.
+
+    Args:
+        sizes: number of meta-train and of meta-test images, 0 where there are none.
+        dropped_channels: D, the channels of the auxiliary head that the dropout chooses from.
+        dropout: probability that one of them is dropped.
+        gumbel: whether the reads are noisy.
+        generator: source of randomness; its device is that of the results.
+
+    Returns:
+        Seeds of the two reads' noise, and the two dropouts; None for a side without images.
+    """
+
+    def seed(images: int) -> Tensor | None:
+        if not gumbel or not images:
+            return None
+        return torch.randint(2**62, (1,), generator=generator, device=generator.device)
+
+    def keep(images: int) -> Tensor | None:
+        if not dropout or not images:
+            return None
+        drawn = torch.rand(images, dropped_channels, generator=generator, device=generator.device)
+        return (drawn >= dropout) / (1 - dropout)
+
+    return Noise(*map(seed, sizes), *map(keep, sizes))
 
 
 def initialise_memory(

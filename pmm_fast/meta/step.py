@@ -10,7 +10,7 @@ Order 2 (default) differentiates through theta' = theta - alpha grad L_in exactl
 treats grad L_in as a constant, which is what the released code does (``train.py:530-583``).
 
 No module is changed and nothing is written into the arguments: parameters, buffers and memory come in, gradients,
-buffers and memory go out.  Random are only the dropout masks (torch's global generator).
+buffers and memory go out.  What is random comes in too (:class:`Noise`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,18 @@ class Batch(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Gumbel noise ``[B, K, h, w]`` of the meta-train and the meta-test read; None: plain softmax."""
+    """All that is random in a step.
+
+    ``train``, ``test``: Gumbel noise ``[B, K, h, w]`` of the meta-train and the meta-test read, or its seed (int64, one
+    element); None: plain softmax.
+    ``train_keep``, ``test_keep``: ``[B, D]`` the dropout of the auxiliary head, what its channels are multiplied by;
+    None: the module draws it (torch's global generator).
+    """
 
     train: Tensor | None = None
     test: Tensor | None = None
+    train_keep: Tensor | None = None
+    test_keep: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,19 +60,20 @@ class Hyper:
         network: the structure that the parameters fill.
         mode: ``pinmem`` | ``memory-agg`` (memory, no meta-learning) | ``mldg`` (meta-learning, no memory) | ``agg``.
         order: 2, exact; 1, the inner gradient is a constant.
-        inner_lr: alpha, of the inner gradient step.
+        inner_lr: alpha, of the inner gradient step; a scalar tensor where it is an input of a compiled step.
         memory_momentum: weight of the old memory in an update.
         temperature: of the read.
         cohesion_temperature: of the cosines in the cohesion loss.
         aux_weight, cohesion_weight, divergence_weight, classifier_weight: of the losses.
-        loss_scale: factor on both losses while they are differentiated, taken out again of both gradients (fp16).
+        loss_scale: factor on both losses while they are differentiated, taken out again of both gradients (fp16);
+            a scalar tensor where it is an input of a compiled step.
         autocast: type of mixed precision, or None.
     """
 
     network: Network
     mode: Mode = "pinmem"
     order: int = 2
-    inner_lr: float = 0.0025
+    inner_lr: float | Tensor = 0.0025
     memory_momentum: float = 0.8
     temperature: float = 1.0
     cohesion_temperature: float = 1.0
@@ -72,7 +81,7 @@ class Hyper:
     cohesion_weight: float = 0.02
     divergence_weight: float = 0.4
     classifier_weight: float = 0.2
-    loss_scale: float = 1.0
+    loss_scale: float | Tensor = 1.0
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -123,7 +132,7 @@ def step(
         memory: ``[K, C]`` M, or None in the modes without memory.
         batch_mtr: meta-train images; in ``agg`` and ``memory-agg`` all images.
         batch_mte: meta-test images; None in ``agg`` and ``memory-agg``.
-        noise: of the two reads.
+        noise: see :class:`Noise`.
         hyper: see :class:`Hyper`.
 
     Returns:
@@ -135,7 +144,7 @@ def step(
     _check_arguments(memory, batch_mte, hyper)
     theta = {name: value.detach().requires_grad_() for name, value in params.items()}
     new_buffers = {name: value.clone() for name, value in buffers.items()}
-    inner, new_memory, report = _inner_loss(theta, new_buffers, memory, batch_mtr, noise.train, hyper)
+    inner, new_memory, report = _inner_loss(theta, new_buffers, memory, batch_mtr, noise, hyper)
     if hyper.mode not in META_MODES:
         grads = _gradient(inner, theta, hyper)
         return StepResult(_report(report, inner), _detached(grads), _detach(new_memory), new_buffers)
@@ -150,7 +159,8 @@ def step(
     if memory is not None:
         new_memory = _write_with_constant_encoder(adapted, buffers, memory, batch_mtr, hyper)
     scratch = {name: value.clone() for name, value in buffers.items()}
-    outer_forward = _forward(adapted, scratch, new_memory, batch_mte, noise.test, hyper, write=False)
+    outer_noise = Noise(noise.test, None, noise.test_keep)
+    outer_forward = _forward(adapted, scratch, new_memory, batch_mte, outer_noise, hyper, write=False)
     outer = _weighted(outer_forward.losses, hyper)
     outer_grads = _gradient(outer, theta if second_order else adapted, hyper)
     grads = {name: inner_grads[name].detach() + outer_grads[name] for name in theta}
@@ -184,7 +194,7 @@ def read_losses(params: State, buffers: State, memory: Tensor | None, batch: Bat
     """The read losses (seg, aux, cohesion) of a training forward without noise or gradient, for diagnosis."""
     with torch.no_grad():
         scratch = {name: value.clone() for name, value in buffers.items()}
-        return _forward(params, scratch, memory, batch, None, hyper, write=False).losses
+        return _forward(params, scratch, memory, batch, Noise(), hyper, write=False).losses
 
 
 def _check_arguments(memory: Tensor | None, batch_mte: Batch | None, hyper: Hyper) -> None:
@@ -205,11 +215,11 @@ def _forward(
     buffers: State,
     memory: Tensor | None,
     batch: Batch,
-    noise: Tensor | None,
+    noise: Noise,
     hyper: Hyper,
     write: bool,
 ) -> _Forward:
-    """Read losses of a training forward; with ``write`` also the class sums of the writing net's output."""
+    """Read losses of a training forward with the meta-train part of the noise; with ``write`` also the class sums."""
     net, labels = hyper.network, batch.labels
     written = top_weight = None
     with autocast(hyper, batch.images.device):
@@ -218,14 +228,15 @@ def _forward(
         if memory is not None:
             if write:
                 output = net("memory.writer", params, buffers, feature)
-                read, scores, *pooled = ops.memory_pass(feature, output, labels, memory, noise, hyper.temperature)
+                read, scores, *pooled = ops.memory_pass(feature, output, labels, memory, noise.train, hyper.temperature)
                 written = (pooled[0], pooled[1])
             else:
-                read, scores = ops.memory_read(feature, memory, noise, hyper.temperature)
+                read, scores = ops.memory_read(feature, memory, noise.train, hyper.temperature)
             decoded = net("memory.fusion", params, buffers, feature, read)
-            top_weight = ops.assignment(scores.detach(), noise, hyper.temperature).amax(1).mean()
+            top_weight = ops.assignment(scores.detach(), noise.train, hyper.temperature).amax(1).mean()
         logits = net("decoder", params, buffers, decoded, low_level)
-        aux_logits = net("aux_head", params, buffers, aux)
+        keep = () if noise.train_keep is None else (noise.train_keep,)
+        aux_logits = net("aux_head", params, buffers, aux, *keep)
     found = {"seg": ops.upsample_cross_entropy(logits, labels), "aux": L.auxiliary_loss(aux_logits, labels)}
     if memory is not None:
         found["cohesion"] = L.cohesion_loss(scores, labels, hyper.cohesion_temperature)
@@ -233,7 +244,7 @@ def _forward(
 
 
 def _inner_loss(
-    theta: State, buffers: State, memory: Tensor | None, batch: Batch, noise: Tensor | None, hyper: Hyper
+    theta: State, buffers: State, memory: Tensor | None, batch: Batch, noise: Noise, hyper: Hyper
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """L_in, the memory M^ that it judges, and the parts to report."""
     forward = _forward(theta, buffers, memory, batch, noise, hyper, write=memory is not None)
@@ -288,16 +299,16 @@ def _weighted(losses: dict[str, Tensor], hyper: Hyper) -> Tensor:
 
 def _gradient(loss: Tensor, params: State, hyper: Hyper, create_graph: bool = False) -> State:
     """Gradient by parameter name; a parameter that the loss does not reach has gradient zero."""
-    scale = hyper.loss_scale
+    scale = None if isinstance(hyper.loss_scale, float) and hyper.loss_scale == 1 else hyper.loss_scale
     found = torch.autograd.grad(
-        loss if scale == 1 else loss * scale, list(params.values()), create_graph=create_graph, allow_unused=True
+        loss if scale is None else loss * scale, list(params.values()), create_graph=create_graph, allow_unused=True
     )
     grads = {
         name: torch.zeros_like(value) if grad is None else grad
         for (name, value), grad in zip(params.items(), found, strict=True)
     }
     # dividing by one would copy every gradient
-    return grads if scale == 1 else {name: grad / scale for name, grad in grads.items()}
+    return grads if scale is None else {name: grad / scale for name, grad in grads.items()}
 
 
 def _detach(memory: Tensor | None) -> Tensor | None:

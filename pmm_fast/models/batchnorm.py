@@ -11,7 +11,12 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     Its second derivative contains (variance + eps)^(-3/2), which passes fp16's largest number, 65504, once the variance
     is below 6e-4: an order-2 step in fp16 then has no finite gradient at any loss scale.  bf16 has float32's range.
+
+    Attributes:
+        group: name of the process group over whose ranks the statistics are taken; None: those of this process alone.
     """
+
+    group: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same shape and dtype."""

@@ -71,8 +71,8 @@ def initialize_backbone(module: nn.Module) -> None:
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
 
 
-def make_aux_head(in_channels: int, channels: int, num_classes: int, dropout: float) -> nn.Sequential:
-    """The auxiliary classifier on the last but one stage: ``[N, c3, h, w]`` to logits ``[N, K, h, w]``.
+class AuxHead(nn.Sequential):
+    """The auxiliary classifier on the last but one stage.
 
     3x3 convolution (with bias) to ``2 channels``, BatchNorm, ReLU, Dropout2d, 1x1 convolution; children 0 to 4, the
     released ``dsn`` (``network/deepv3plus.py:dsn``).
@@ -82,13 +82,32 @@ def make_aux_head(in_channels: int, channels: int, num_classes: int, dropout: fl
         channels: C, the width of the network's feature map.
         num_classes: K.
         dropout: probability that a channel is dropped while training.
+
+    Attributes:
+        dropped_channels: 2 C, the channels that the dropout chooses from.
     """
-    head = nn.Sequential(
-        nn.Conv2d(in_channels, 2 * channels, 3, padding=1),
-        BatchNorm2d(2 * channels),
-        nn.ReLU(),
-        nn.Dropout2d(dropout),
-        nn.Conv2d(2 * channels, num_classes, 1),
-    )
-    initialize_head(head)
-    return head
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 2 * channels, 3, padding=1),
+            BatchNorm2d(2 * channels),
+            nn.ReLU(),
+            nn.Dropout2d(dropout),
+            nn.Conv2d(2 * channels, num_classes, 1),
+        )
+        self.dropped_channels = 2 * channels
+        initialize_head(self)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits.
+
+        Args:
+            x: ``[N, c3, h, w]``.
+            keep: ``[N, 2 C]`` what the channels are multiplied by instead of a random dropout: 0 or 1 / (1 - p).
+
+        Returns:
+            ``[N, K, h, w]``.
+        """
+        x = self[2](self[1](self[0](x)))
+        x = self[3](x) if keep is None else x * keep.to(x.dtype)[:, :, None, None]
+        return self[4](x)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from pmm_fast.models.blocks import make_aux_head, upsample
+from pmm_fast.models.blocks import AuxHead, upsample
 from pmm_fast.models.deeplabv2 import DeepLabV2Decoder, DeepLabV2Encoder
 from pmm_fast.models.deeplabv3plus import DeepLabV3PlusDecoder, DeepLabV3PlusEncoder
 from pmm_fast.models.memory import SemanticMemory
@@ -47,7 +47,7 @@ class Segmentor(nn.Module):
     Args:
         encoder: ``images [N, 3, H, W]`` to :class:`pmm_fast.models.blocks.Features`.
         decoder: ``feature, low_level`` to logits at its own resolution (not that of the image).
-        aux_head: ``Features.aux`` to logits ``[N, K, h, w]``.
+        aux_head: :class:`pmm_fast.models.blocks.AuxHead`, ``Features.aux`` to logits ``[N, K, h, w]``.
         memory: or None for the plain baseline.
         settings: the arguments of :func:`build_model` that rebuild this network.
 
@@ -61,7 +61,7 @@ class Segmentor(nn.Module):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        aux_head: nn.Module,
+        aux_head: AuxHead,
         memory: SemanticMemory | None,
         settings: dict[str, Any],
     ) -> None:
@@ -167,7 +167,7 @@ def build_model(
         "aux_dropout": aux_dropout,
         "temperature": temperature,
     }
-    aux_head = make_aux_head(backbone.aux_channels, channels, num_classes, aux_dropout)
+    aux_head = AuxHead(backbone.aux_channels, channels, num_classes, aux_dropout)
     slots = SemanticMemory(num_classes, channels, temperature) if memory else None
     return Segmentor(encoder, decoder, aux_head, slots, settings)
 
