@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pmm_fast.models.batchnorm import BatchNorm2d
+from pmm_fast.models.recompute import recompute_blocks
 
 State = dict[str, Tensor]
 MEMORY_BUFFER = "memory.slots"
@@ -23,15 +24,18 @@ class Network:
     Args:
         model: whose structure is taken; it is neither changed nor kept.
         group: name of the process group whose ranks work on one batch together; None: this process has all of it.
+        checkpoint_activations: keep the input of each block alone and compute the rest again for its derivatives.
     """
 
-    def __init__(self, model: nn.Module, group: str | None = None) -> None:
+    def __init__(self, model: nn.Module, group: str | None = None, checkpoint_activations: bool = False) -> None:
         skeleton = copy.deepcopy(model).to("meta")
         self.group = group
         for module in skeleton.modules():
             if isinstance(module, BatchNorm2d):
                 module.group = group
         self._modules = {True: skeleton.train(), False: copy.deepcopy(skeleton).eval()}
+        if checkpoint_activations:
+            recompute_blocks(self._modules[True])
         self.has_memory = getattr(model, "memory", None) is not None
 
     def __call__(self, name: str, params: State, buffers: State, *inputs: Any, training: bool = True) -> Any:
