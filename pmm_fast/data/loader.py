@@ -1,7 +1,8 @@
 """Training batches: D domains x B images, each a pure function of (seed, stream, iteration, domain, slot).
 
 Every random choice about a sample, the image included, comes from a generator seeded with those five numbers.  So a
-batch is the same whatever the number of workers, and a run continues at any iteration without saved loader state.
+batch is the same whatever the number of workers, a run continues at any iteration without saved loader state, and of
+several ranks each loads its own slots of the batch that one process would have loaded whole.
 """
 
 from __future__ import annotations
@@ -103,12 +104,12 @@ class MixedDomains(Dataset[Sample]):
 class _Iterations:
     """The keys of each iteration from ``start`` to ``stop``, as DataLoader's batch sampler."""
 
-    def __init__(self, start: int, stop: int, domains: int, slots: int) -> None:
+    def __init__(self, start: int, stop: int, domains: int, slots: range) -> None:
         self.start, self.stop, self.domains, self.slots = start, stop, domains, slots
 
     def __iter__(self) -> Iterator[list[Key]]:
         for iteration in range(self.start, self.stop):
-            yield [Key(iteration, domain, slot) for domain in range(self.domains) for slot in range(self.slots)]
+            yield [Key(iteration, domain, slot) for domain in range(self.domains) for slot in self.slots]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -149,6 +150,8 @@ def make_loader(
     stream: int = 0,
     pin_memory: bool = False,
     strong: bool = True,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> BatchLoader:
     """The batches of iterations ``start`` to ``stop - 1``.
 
@@ -161,24 +164,33 @@ def make_loader(
         stream: 0 for training; the passes that initialise the memory take others.
         pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
         strong: False: no domain gets the strong jitter (initialisation of the memory).
+        rank: which of the equal parts of each batch to load, from 0.
+        ranks: in how many parts a batch is divided, between processes that train together.
 
     Returns:
         An iterable of ``Batch``; iterating raises ``DataError`` where files are at fault.
 
     Raises:
-        ValueError: see ``MixedDomains``; or a range, batch size or number of workers that makes no sense.
+        ValueError: see ``MixedDomains``; or a range, batch size or number of workers that makes no sense; or a batch
+            that the ranks cannot share evenly.
     """
     if not 0 <= start <= stop:
         raise ValueError(f"iterations: expected 0 <= start <= stop, got start {start}, stop {stop}")
     if config.batch_per_domain < 1:
         raise ValueError(f"data.batch_per_domain: expected 1 or more, got {config.batch_per_domain}")
+    if config.batch_per_domain % ranks:
+        raise ValueError(
+            f"data.batch_per_domain: expected a multiple of {ranks}, the number of processes that share a batch, "
+            f"got {config.batch_per_domain}"
+        )
     if config.workers < 0:
         raise ValueError(f"data.workers: expected 0 or more, got {config.workers}")
     # a worker without an iteration to prepare would only cost its start
     workers = min(config.workers, stop - start)
+    share = config.batch_per_domain // ranks
     return BatchLoader(
         MixedDomains(domains, config, seed, stream, strong),
-        batch_sampler=_Iterations(start, stop, len(domains), config.batch_per_domain),
+        batch_sampler=_Iterations(start, stop, len(domains), range(rank * share, (rank + 1) * share)),
         collate_fn=_Collate(len(domains)),
         num_workers=workers,
         prefetch_factor=_PREFETCH if workers else None,

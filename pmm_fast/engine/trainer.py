@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from pmm_fast import meta
 from pmm_fast.config import Config, to_dict, to_yaml
 from pmm_fast.data import make_loader
 from pmm_fast.engine import build, checkpoint
+from pmm_fast.engine.distributed import Ranks
 from pmm_fast.engine.logging import RunLog
 from pmm_fast.engine.optim import (
     LossScale,
@@ -29,6 +31,7 @@ from pmm_fast.engine.optim import (
 # streams of random numbers that depend on the seed and the iteration alone, so that resuming needs no state
 SPLIT_STREAM = 1
 INIT_STREAM = 2
+# and those after it: rank r takes NOISE_STREAM + r
 NOISE_STREAM = 3
 
 
@@ -41,20 +44,26 @@ class Trainer:
 
     Args:
         config: the resolved configuration.
+        ranks: this process among those that train together, all of them with the same configuration; None: it is alone.
 
     Raises:
         ValueError: data, weights, device or folder that the configuration names are not usable.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.folder = build.run_folder(config)
         self._check_folder()
-        self.device = build.pick_device(config.device)
-        self.sources = build.open_sources(config)
-        self.model, backbone = build.create_model(config)
+        self.device = build.pick_device(self.ranks.device(config.device))
+        if self.ranks.group is not None and self.device.type == "cuda":
+            # what is not told a device takes the current one
+            torch.cuda.set_device(self.device)
+        with self.ranks.first_alone():
+            self.sources = build.open_sources(config)
+            self.model, backbone = build.create_model(config)
         self.model.to(self.device)
-        self.network = meta.Network(self.model)
+        self.network = meta.Network(self.model, self.ranks.group)
         self.step = meta.step
         self.generator = torch.Generator(self.device)
         self.params, self.buffers, self.memory = meta.split_state(self.model)
@@ -73,32 +82,37 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: names the iteration, the losses and the domain they come from.
+            ValueError: the model is not the same on all ranks.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         # before anything is written: a checkpoint that does not fit leaves the run's files as they are
         if self.config.resume:
             self._restore()
-        (self.folder / "config.yaml").write_text(to_yaml(self.config))
-        log = RunLog(self.folder, self.iteration, self.config.tensorboard)
-        try:
+        self._check_ranks()
+        with contextlib.ExitStack() as stack:
+            log = None
+            if self.ranks.first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "config.yaml").write_text(to_yaml(self.config))
+                log = stack.enter_context(
+                    contextlib.closing(RunLog(self.folder, self.iteration, self.config.tensorboard))
+                )
             if self.memory is not None and not self.config.resume:
                 self._initialise_memory()
             self._loop(log)
-        finally:
-            log.close()
         return self.folder
 
-    def _loop(self, log: RunLog) -> None:
+    def _loop(self, log: RunLog | None) -> None:
+        """The iterations; what is logged is the same on all ranks, and one of them writes it."""
         config, total = self.config, self.config.optim.iterations
         batches = self._batches()
         # closed also by an error, whose message would otherwise continue the bar's line
-        with _progress(total, f"train {config.meta.mode}", initial=self.iteration) as progress:
+        with self._progress(total, f"train {config.meta.mode}", initial=self.iteration) as progress:
             while self.iteration < total:
                 start = time.perf_counter()
                 losses, norm = self._iterate(batches)
                 self.iteration += 1
                 progress.update()
-                if self.iteration % config.log_every == 0 or self.iteration == total:
+                if log is not None and (self.iteration % config.log_every == 0 or self.iteration == total):
                     progress.set_postfix(loss=f"{losses['total']:.3f}", refresh=False)
                     values = {"lr": learning_rate(config.optim, self.iteration - 1), "gradient_norm": norm}
                     values["inner_lr"] = inner_learning_rate(config, self.iteration - 1)
@@ -157,8 +171,9 @@ class Trainer:
         return meta.draw_split(domains, np.random.default_rng([self.config.seed, SPLIT_STREAM, iteration]))
 
     def _noise(self, sizes: tuple[int, int], micro_batch: int) -> meta.Noise:
-        """What is random in a step, from the seed and the iteration alone."""
-        sequence = np.random.SeedSequence([self.config.seed, NOISE_STREAM, self.iteration, micro_batch])
+        """What is random in a step, from the seed, the iteration and the rank alone."""
+        stream = NOISE_STREAM + self.ranks.rank
+        sequence = np.random.SeedSequence([self.config.seed, stream, self.iteration, micro_batch])
         self.generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
         gumbel = self.memory is not None and self.config.memory.gumbel
         channels = self.model.aux_head.dropped_channels
@@ -167,27 +182,27 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         accumulate = self.config.optim.accumulate
         start, stop = self.iteration * accumulate, self.config.optim.iterations * accumulate
-        return iter(make_loader(self.sources, self.config.data, self.config.seed, start, stop, pin_memory=self._pin))
+        return iter(make_loader(self.sources, self.config.data, self.config.seed, start, stop, **self._loading))
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"pin_memory": self.device.type == "cuda", "rank": self.ranks.rank, "ranks": self.ranks.size}
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return tuple(part.to(self.device, non_blocking=True) for part in batch)  # type: ignore[return-value]
-
-    @property
-    def _pin(self) -> bool:
-        return self.device.type == "cuda"
 
     def _initialise_memory(self) -> None:
         """Two passes over the training data with its plain augmentation, encoder only."""
         config = self.config
         passes = config.memory.init_passes * config.memory.init_iterations
         loader = make_loader(
-            self.sources, config.data, config.seed, 0, passes, stream=INIT_STREAM, strong=False, pin_memory=self._pin
+            self.sources, config.data, config.seed, 0, passes, stream=INIT_STREAM, strong=False, **self._loading
         )
         hyper = build.create_hyper(config, self.network, inner_lr=0.0)
         assert self.memory is not None
 
         def flat() -> Iterable[meta.Batch]:
-            for batch in _progress(passes, "initialise memory", loader):
+            for batch in self._progress(passes, "initialise memory", loader):
                 images, labels = self._to_device(batch)
                 yield _take(images, labels, list(range(len(images))))
 
@@ -205,7 +220,14 @@ class Trainer:
         if exists and not self.config.resume:
             raise ValueError(f"out: {self.folder} already holds a run; continue it with --resume or name another --out")
 
+    def _check_ranks(self) -> None:
+        """The ranks hold the same model, memory included; else their sums mean nothing."""
+        self.ranks.check_equal(self.model.state_dict(), f"iteration {self.iteration}: the model")
+
     def _save(self) -> None:
+        self._check_ranks()
+        if not self.ranks.first:
+            return
         training: dict[str, Any] = {
             "iteration": self.iteration,
             "optimizer": self.optimizer.state_dict(),
@@ -261,8 +283,27 @@ class Trainer:
             + (f"The last checkpoint in {self.folder} is untouched." if saved else "There is no checkpoint yet.")
         )
 
+    def _where(self) -> str:
+        if self.ranks.group is None:
+            return str(self.device)
+        return f"{self.ranks.size} processes, the first on {self.device}"
+
     def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        if self.ranks.first:
+            print(text, file=sys.stderr, flush=True)
+
+    def _progress(self, total: int, text: str, iterable: Iterable[Any] | None = None, initial: int = 0) -> Any:
+        """A progress bar with an estimate; a line every few seconds where output is not a terminal."""
+        return tqdm(
+            iterable,
+            total=total,
+            desc=text,
+            initial=initial,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+            dynamic_ncols=True,
+            unit="it",
+            disable=not self.ranks.first,
+        )
 
 
 def _order_text(config: Config) -> str:
@@ -292,9 +333,3 @@ def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor], count: int) ->
     for name, value in new.items():
         share = value if count == 1 else value / count
         total[name] = share if name not in total else total[name] + share
-
-
-def _progress(total: int, text: str, iterable: Iterable[Any] | None = None, initial: int = 0) -> Any:
-    """A progress bar with an estimate; a line every few seconds where output is not a terminal."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(iterable, total=total, desc=text, initial=initial, mininterval=interval, dynamic_ncols=True, unit="it")

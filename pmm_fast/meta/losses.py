@@ -5,11 +5,14 @@ Shapes: B images, K classes, C channels, h x w feature positions, H x W label pi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pmm_fast import ops
+from pmm_fast.ops.collective import sum_over_ranks
 
 
 def nearest_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -64,3 +67,32 @@ def classifier_loss(class_logits: Tensor) -> Tensor:
     """
     classes = torch.arange(class_logits.shape[0], device=class_logits.device)
     return F.cross_entropy(class_logits.to(ops.compute_dtype(class_logits.dtype)), classes)
+
+
+class Shares(NamedTuple):
+    """What this rank's means count for in the means over all ranks, scalars n_r / sum_s n_s; 0 where the sum is 0.
+
+    ``labelled``: by labelled pixels (segmentation and cohesion loss).  ``auxiliary``: by those that remain at the
+    auxiliary head's resolution.  ``images``: by images.
+    """
+
+    labelled: Tensor
+    auxiliary: Tensor
+    images: Tensor
+
+
+def shares_of_rank(labels: Tensor, aux_size: tuple[int, int], group: str, ignore_index: int = 255) -> Shares:
+    """The shares of this rank in the batch that the ranks of a group have between them; one collective.
+
+    Args:
+        labels: ``[B, H, W]``, this rank's; B may differ between ranks.
+        aux_size: (h, w) of the auxiliary head's logits.
+        group: name of the process group.
+        ignore_index: label that does not count.
+
+    Returns:
+        :class:`Shares`, float64 on the device of the labels.
+    """
+    counts = [(part != ignore_index).sum() for part in (labels, nearest_labels(labels, aux_size))]
+    own = torch.stack([*counts, torch.full_like(counts[0], len(labels))])
+    return Shares(*(own.double() / sum_over_ranks(own, group).clamp(min=1)).unbind())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pmm_fast import ops
 from pmm_fast.meta.network import State
-from pmm_fast.meta.step import Batch, Hyper, Noise, autocast
+from pmm_fast.meta.step import Batch, Hyper, Noise, add_class_sums, autocast
 
 
 def draw_split(num_domains: int, generator: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -75,7 +75,7 @@ def initialise_memory(
 
     Args:
         params, buffers: the network at its start.
-        batches: training batches, each on the device of the network.
+        batches: training batches, each on the device of the network; of several ranks, each brings its own.
         slots: ``[K, C]``, gives shape and device.
         hyper: precision and network.
 
@@ -89,4 +89,6 @@ def initialise_memory(
                 feature = hyper.network("encoder", params, buffers, batch.images, training=False)[0]
                 found = ops.masked_average_pool(feature, batch.labels, slots.shape[0])
             sums, mass = sums + found[0], mass + found[1]
+        if hyper.network.group is not None:
+            sums, mass = add_class_sums(sums, mass, hyper.network.group)
         return ops.update_memory(torch.zeros_like(slots), sums, mass, momentum=0.0), mass

@@ -11,6 +11,10 @@ treats grad L_in as a constant, which is what the released code does (``train.py
 
 No module is changed and nothing is written into the arguments: parameters, buffers and memory come in, gradients,
 buffers and memory go out.  What is random comes in too (:class:`Noise`).
+
+With a process group (``hyper.network.group``) every rank brings a part of the two batches and gets what one process
+with all of them would: a rank differentiates its share of each loss; shares, class sums and gradients are summed over
+the ranks (docs/distributed.md).  Every function here is then a collective, to be called by all ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import Tensor
 from pmm_fast import ops
 from pmm_fast.meta import losses as L
 from pmm_fast.meta.network import Network, State
+from pmm_fast.ops.collective import count_ranks, sum_over_ranks
 
 Mode = Literal["pinmem", "memory-agg", "mldg", "agg"]
 MEMORY_MODES = ("pinmem", "memory-agg")
@@ -98,7 +103,8 @@ class StepResult(NamedTuple):
     """What :func:`step` returns.
 
     ``losses``: detached scalars ``train/seg``, ``train/aux``, ... ``test/seg``, ..., ``train``, ``test`` and ``total``
-    (the value whose gradient ``grads`` is), and ``train/top_weight``, the mean largest weight of the read.
+    (the value whose gradient ``grads`` is), and ``train/top_weight``, the mean largest weight of the read; of the whole
+    batch, whatever part of it this process has.
     ``grads``: by parameter name, detached.  ``memory``: as written inside the step (M', detached), None without one.
     ``buffers``: with the batch-norm statistics of the meta-train pass.
     """
@@ -110,8 +116,8 @@ class StepResult(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    losses: dict[str, Tensor]  # seg, aux, cohesion
-    written: tuple[Tensor, Tensor] | None  # class sums, masses
+    losses: dict[str, Tensor]  # seg, aux, cohesion: this rank's share of each
+    written: tuple[Tensor, Tensor] | None  # this rank's class sums, masses
     top_weight: Tensor | None
 
 
@@ -147,7 +153,7 @@ def step(
     inner, new_memory, report = _inner_loss(theta, new_buffers, memory, batch_mtr, noise, hyper)
     if hyper.mode not in META_MODES:
         grads = _gradient(inner, theta, hyper)
-        return StepResult(_report(report, inner), _detached(grads), _detach(new_memory), new_buffers)
+        return StepResult(_report(report, inner, hyper), _detached(grads), _detach(new_memory), new_buffers)
 
     assert batch_mte is not None
     second_order = hyper.order == 2
@@ -166,7 +172,7 @@ def step(
     grads = {name: inner_grads[name].detach() + outer_grads[name] for name in theta}
 
     report |= {f"test/{name}": value for name, value in outer_forward.losses.items()} | {"test": outer}
-    return StepResult(_report(report, inner + outer), _detached(grads), _detach(new_memory), new_buffers)
+    return StepResult(_report(report, inner + outer, hyper), _detached(grads), _detach(new_memory), new_buffers)
 
 
 def rewrite_memory(params: State, buffers: State, memory: Tensor, batches: list[Batch], hyper: Hyper) -> Tensor:
@@ -187,14 +193,14 @@ def rewrite_memory(params: State, buffers: State, memory: Tensor, batches: list[
     with torch.no_grad():
         pooled = [_pool(params, params, buffers, batch, memory.shape[0], hyper, training=False) for batch in batches]
         sums, mass = (torch.stack(parts).sum(0) for parts in zip(*pooled, strict=True))
-        return ops.update_memory(memory, sums, mass, hyper.memory_momentum)
+        return _updated(memory, sums, mass, hyper)
 
 
 def read_losses(params: State, buffers: State, memory: Tensor | None, batch: Batch, hyper: Hyper) -> dict[str, Tensor]:
     """The read losses (seg, aux, cohesion) of a training forward without noise or gradient, for diagnosis."""
     with torch.no_grad():
         scratch = {name: value.clone() for name, value in buffers.items()}
-        return _forward(params, scratch, memory, batch, Noise(), hyper, write=False).losses
+        return _global(_forward(params, scratch, memory, batch, Noise(), hyper, write=False).losses, hyper)
 
 
 def _check_arguments(memory: Tensor | None, batch_mte: Batch | None, hyper: Hyper) -> None:
@@ -240,20 +246,29 @@ def _forward(
     found = {"seg": ops.upsample_cross_entropy(logits, labels), "aux": L.auxiliary_loss(aux_logits, labels)}
     if memory is not None:
         found["cohesion"] = L.cohesion_loss(scores, labels, hyper.cohesion_temperature)
+    if net.group is not None:
+        shares = L.shares_of_rank(labels, (aux_logits.shape[2], aux_logits.shape[3]), net.group)
+        weights = {"seg": shares.labelled, "aux": shares.auxiliary, "cohesion": shares.labelled}
+        found = {name: value * weights[name].to(value.dtype) for name, value in found.items()}
+        top_weight = None if top_weight is None else top_weight * shares.images.to(top_weight.dtype)
     return _Forward(found, written, top_weight)
 
 
 def _inner_loss(
     theta: State, buffers: State, memory: Tensor | None, batch: Batch, noise: Noise, hyper: Hyper
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """L_in, the memory M^ that it judges, and the parts to report."""
+    """This rank's share of L_in, the memory M^ that it judges, and the parts to report."""
     forward = _forward(theta, buffers, memory, batch, noise, hyper, write=memory is not None)
     losses, updated = dict(forward.losses), None
     if memory is not None:
         assert forward.written is not None and forward.top_weight is not None
-        updated = ops.update_memory(memory, *forward.written, hyper.memory_momentum)
+        updated = _updated(memory, *forward.written, hyper)
         losses["divergence"] = L.divergence_loss(updated)
         losses["classifier"] = L.classifier_loss(hyper.network("memory.classifier", theta, buffers, updated))
+        if hyper.network.group is not None:
+            # the memory is the same on every rank: each takes an equal share of what is said about it
+            ranks = count_ranks(hyper.network.group)
+            losses |= {name: losses[name] / ranks for name in ("divergence", "classifier")}
     total = _weighted(losses, hyper)
     report = {f"train/{name}": value for name, value in losses.items()} | {"train": total}
     if forward.top_weight is not None:
@@ -265,8 +280,20 @@ def _write_with_constant_encoder(adapted: State, buffers: State, memory: Tensor,
     """M' = update(M, X_mtr; copy(theta'_E), theta'_U): its gradient reaches the writing net alone."""
     constant = {name: value.detach() for name, value in adapted.items()}
     scratch = {name: value.clone() for name, value in buffers.items()}
-    sums, mass = _pool(constant, adapted, scratch, batch, memory.shape[0], hyper, training=True)
+    return _updated(memory, *_pool(constant, adapted, scratch, batch, memory.shape[0], hyper, training=True), hyper)
+
+
+def _updated(memory: Tensor, sums: Tensor, mass: Tensor, hyper: Hyper) -> Tensor:
+    """The memory after an update from the class sums and masses of all ranks."""
+    if hyper.network.group is not None:
+        sums, mass = add_class_sums(sums, mass, hyper.network.group)
     return ops.update_memory(memory, sums, mass, hyper.memory_momentum)
+
+
+def add_class_sums(sums: Tensor, mass: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Class sums ``[K, C]`` and masses ``[K]`` added up over the ranks, in one collective; differentiable."""
+    together = sum_over_ranks(torch.cat([sums, mass[:, None]], 1), group)
+    return together[:, :-1], together[:, -1]
 
 
 def _pool(
@@ -278,7 +305,7 @@ def _pool(
     hyper: Hyper,
     training: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Class sums and masses of the writing net's output; only encoder and writing net run."""
+    """This rank's class sums and masses of the writing net's output; only encoder and writing net run."""
     with autocast(hyper, batch.images.device):
         with torch.no_grad():
             feature = hyper.network("encoder", encoder_params, buffers, batch.images, training=training)[0]
@@ -298,7 +325,7 @@ def _weighted(losses: dict[str, Tensor], hyper: Hyper) -> Tensor:
 
 
 def _gradient(loss: Tensor, params: State, hyper: Hyper, create_graph: bool = False) -> State:
-    """Gradient by parameter name; a parameter that the loss does not reach has gradient zero."""
+    """Gradient by parameter name, of all ranks' shares; zero for a parameter that the loss does not reach."""
     scale = None if isinstance(hyper.loss_scale, float) and hyper.loss_scale == 1 else hyper.loss_scale
     found = torch.autograd.grad(
         loss if scale is None else loss * scale, list(params.values()), create_graph=create_graph, allow_unused=True
@@ -307,8 +334,17 @@ def _gradient(loss: Tensor, params: State, hyper: Hyper, create_graph: bool = Fa
         name: torch.zeros_like(value) if grad is None else grad
         for (name, value), grad in zip(params.items(), found, strict=True)
     }
+    if hyper.network.group is not None:
+        grads = _sum_as_one(grads, hyper.network.group)
     # dividing by one would copy every gradient
     return grads if scale is None else {name: grad / scale for name, grad in grads.items()}
+
+
+def _sum_as_one(values: State, group: str) -> State:
+    """Tensors of one dtype summed over the ranks as one flat buffer; differentiable."""
+    flat = sum_over_ranks(torch.cat([value.reshape(-1) for value in values.values()]), group)
+    parts = flat.split([value.numel() for value in values.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
 def _detach(memory: Tensor | None) -> Tensor | None:
@@ -319,5 +355,13 @@ def _detached(grads: State) -> State:
     return {name: value.detach() for name, value in grads.items()}
 
 
-def _report(parts: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in (parts | {"total": total}).items()}
+def _report(parts: dict[str, Tensor], total: Tensor, hyper: Hyper) -> dict[str, Tensor]:
+    return _global({name: value.detach() for name, value in (parts | {"total": total}).items()}, hyper)
+
+
+def _global(losses: dict[str, Tensor], hyper: Hyper) -> dict[str, Tensor]:
+    """The ranks' shares of some scalars added up."""
+    if hyper.network.group is None:
+        return losses
+    found = sum_over_ranks(torch.stack(list(losses.values())), hyper.network.group)
+    return dict(zip(losses, found.unbind(), strict=True))

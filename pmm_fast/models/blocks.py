@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmm_fast.models.batchnorm import BatchNorm2d
+from pmm_fast.models.conv import Conv2d
 
 
 class Features(NamedTuple):
@@ -41,7 +42,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation:
     """Convolution without bias that keeps the size, BatchNorm, ReLU, as children 0, 1, 2."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
+        Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
         BatchNorm2d(out_channels),
         nn.ReLU(),
     )
@@ -89,11 +90,11 @@ class AuxHead(nn.Sequential):
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, 2 * channels, 3, padding=1),
+            Conv2d(in_channels, 2 * channels, 3, padding=1),
             BatchNorm2d(2 * channels),
             nn.ReLU(),
             nn.Dropout2d(dropout),
-            nn.Conv2d(2 * channels, num_classes, 1),
+            Conv2d(2 * channels, num_classes, 1),
         )
         self.dropped_channels = 2 * channels
         initialize_head(self)

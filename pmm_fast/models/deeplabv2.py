@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pmm_fast.models.blocks import Features, conv_bn_relu, initialize_head
+from pmm_fast.models.conv import Conv2d
 from pmm_fast.models.mobilenetv2 import MobileNetV2
 from pmm_fast.models.resnet import ResNet
 
@@ -50,7 +51,7 @@ class DeepLabV2Decoder(nn.Module):
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         self.fuse = conv_bn_relu(channels, channels, 3)
-        self.classify = nn.Conv2d(channels, num_classes, 1)
+        self.classify = Conv2d(channels, num_classes, 1)
         initialize_head(self)
 
     def forward(self, feature: Tensor, low_level: Tensor) -> Tensor:

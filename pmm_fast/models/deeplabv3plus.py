@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pmm_fast.models.blocks import Features, conv_bn_relu, initialize_head, upsample
+from pmm_fast.models.conv import Conv2d
 from pmm_fast.models.mobilenetv2 import MobileNetV2
 from pmm_fast.models.resnet import ResNet
 
@@ -89,7 +90,7 @@ class DeepLabV3PlusDecoder(nn.Module):
         self.low_level = conv_bn_relu(low_level_channels, _LOW_LEVEL_CHANNELS)
         first = conv_bn_relu(_LOW_LEVEL_CHANNELS + channels, channels, 3)
         self.fuse = nn.Sequential(*first, *conv_bn_relu(channels, channels, 3))
-        self.classify = nn.Conv2d(channels, num_classes, 1)
+        self.classify = Conv2d(channels, num_classes, 1)
         initialize_head(self)
 
     def forward(self, feature: Tensor, low_level: Tensor) -> Tensor:

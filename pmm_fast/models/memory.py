@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pmm_fast import ops
 from pmm_fast.models.batchnorm import BatchNorm2d
+from pmm_fast.models.conv import Conv2d
 
 # BatchNorm offset and classifier spread at the start (released ``network/memory.py:9-19``)
 _INITIAL_OFFSET = 1e-4
@@ -43,7 +44,7 @@ class MemoryWriter(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1, bias=False)
+        self.conv = Conv2d(channels, channels, 1, bias=False)
         self.bn = BatchNorm2d(channels)
         self.relu = nn.ReLU()
         _initialize(self)
@@ -62,7 +63,7 @@ class MemoryFusion(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2 * channels, channels, 1, bias=False)
+        self.conv = Conv2d(2 * channels, channels, 1, bias=False)
         self.bn = BatchNorm2d(channels)
         self.relu = nn.ReLU()
         _initialize(self)

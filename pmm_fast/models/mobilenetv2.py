@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pmm_fast.models.batchnorm import BatchNorm2d
 from pmm_fast.models.blocks import Stages, initialize_backbone
-from pmm_fast.models.depthwise import DepthwiseConv2d
+from pmm_fast.models.conv import Conv2d
 
 # (expansion, width, blocks, stride) of each stage: Sandler et al., CVPR 2018, table 2
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -26,11 +26,8 @@ def conv_bn_relu6(
 ) -> nn.Sequential:
     """Convolution without bias, BatchNorm, ReLU6, as children 0, 1, 2."""
     padding = dilation * (kernel // 2)
-    conv = (
-        DepthwiseConv2d(in_channels, kernel, stride, padding, dilation)
-        if depthwise
-        else nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
-    )
+    groups = in_channels if depthwise else 1
+    conv = Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, BatchNorm2d(out_channels), nn.ReLU6())
 
 
@@ -44,7 +41,7 @@ class InvertedResidual(nn.Module):
         if expansion != 1:
             layers.append(conv_bn_relu6(in_channels, hidden))
         layers.append(conv_bn_relu6(hidden, hidden, 3, stride, dilation, depthwise=True))
-        layers += [nn.Conv2d(hidden, out_channels, 1, bias=False), BatchNorm2d(out_channels)]
+        layers += [Conv2d(hidden, out_channels, 1, bias=False), BatchNorm2d(out_channels)]
         self.conv = nn.Sequential(*layers)
         self.has_shortcut = stride == 1 and in_channels == out_channels
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pmm_fast.models.batchnorm import BatchNorm2d
 from pmm_fast.models.blocks import Stages, initialize_backbone
+from pmm_fast.models.conv import Conv2d
 
 
 class Placement(NamedTuple):
@@ -24,9 +25,9 @@ class Placement(NamedTuple):
     stride_first: bool = False
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> Conv2d:
     """3x3 convolution without bias whose padding equals its dilation."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+    return Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -66,11 +67,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, width: int, placement: Placement, downsample: nn.Module | None) -> None:
         super().__init__()
         first, second = (placement.stride, 1) if placement.stride_first else (1, placement.stride)
-        self.conv1 = nn.Conv2d(in_channels, width, 1, first, bias=False)
+        self.conv1 = Conv2d(in_channels, width, 1, first, bias=False)
         self.bn1 = BatchNorm2d(width)
         self.conv2 = conv3x3(width, width, second, placement.dilation)
         self.bn2 = BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.conv3 = Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = BatchNorm2d(4 * width)
         self.relu = nn.ReLU()
         self.downsample = downsample
@@ -110,7 +111,7 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, output_stride: int = 16, stride_first: bool = False) -> None:
         super().__init__()
         block, counts = _BLOCKS[depth]
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+        self.conv1 = Conv2d(3, 64, 7, 2, padding=3, bias=False)
         self.bn1 = BatchNorm2d(64)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
@@ -142,7 +143,7 @@ def _make_stage(
     downsample = None
     if placement.stride != 1 or in_channels != out_channels:
         downsample = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, placement.stride, bias=False), BatchNorm2d(out_channels)
+            Conv2d(in_channels, out_channels, 1, placement.stride, bias=False), BatchNorm2d(out_channels)
         )
     blocks = [block(in_channels, width, placement, downsample)]
     blocks += [block(out_channels, width, Placement(1, placement.dilation), None) for _ in range(count - 1)]
