@@ -13,6 +13,9 @@ RELEASED_NETWORK = 1e-3
 # parameter's gradient norm, skipping norms below 1e-5 of the largest
 RELEASED_STEP = 2e-3
 RELEASED_STEP_SKIP = 1e-5
+# gradient of a step under bf16 autocast against float32: 1 - cosine, and of the ratio of the norms; about sixty layers
+# each round to 3 digits, forward and backward (0.005 measured with DeepLabV3+ R50, 0.11 with MobileNetV2; unrelated: 1)
+AUTOCAST_STEP = 0.3
 
 # an operator of a backend against the reference in float64 (:func:`assert_accurate`), by order of the derivative and
 # dtype of the result: error <= FACTOR x (error of the reference in the same dtype) + FLOOR x (largest expected value)
@@ -29,6 +32,12 @@ VECTOR_ELEMENTS = 16
 
 # two float64 computations of the same gradient by different routes
 EXACT = 1e-9
+# losses of several ranks against those of one process, which adds up in another order: float32 at the first iteration,
+# float64 after three, since the order-2 gradient of an untrained network multiplies rounding by up to a thousand
+RANKS = {torch.float32: 1e-4, torch.float64: 1e-6}
+# a compiled step against the eager one, of the norm of the gradient and of each value: an engine may add up in another
+# order, in float32 at the coarsest; a graph that runs the traced operations themselves gives the same bits
+COMPILED = 1e-4
 # central differences with step 1e-5 of a smooth float64 function
 FINITE_DIFFERENCE = 1e-6
 # noise recovered from float64 weights by two logarithms: absolute

@@ -71,7 +71,7 @@ class Trainer:
         self.scale = LossScale(config.amp and config.amp_dtype == "fp16")
         self.iteration = 0
         method = f"{config.meta.mode}, {_order_text(config)}"
-        self._say(f"{method}; {config.model.architecture} on {self.device}; {backbone}")
+        self._say(f"{method}; {config.model.architecture} on {self._where()}; {backbone}")
         self._say("sources: " + ", ".join(f"{domain.name} ({len(domain)} images)" for domain in self.sources))
 
     def run(self) -> Path:

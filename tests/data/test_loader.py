@@ -67,6 +67,23 @@ def test_workers_do_not_change_the_data(domains: list[FolderDomain], workers: in
     assert same(batches(domains), batches(domains, workers=workers))
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_load_the_parts_of_one_batch(domains: list[FolderDomain], ranks: int) -> None:
+    options = config(batch_per_domain=6)
+    parts = [list(make_loader(domains, options, 1, 0, 2, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    whole = [
+        Batch(*(torch.cat(tensors, 1) for tensors in zip(*batches, strict=True)))
+        for batches in zip(*parts, strict=True)
+    ]
+    assert parts[0][0].images.shape[:2] == (2, 6 // ranks)
+    assert same(whole, list(make_loader(domains, options, 1, 0, 2)))
+
+
+def test_a_batch_that_ranks_cannot_share(domains: list[FolderDomain]) -> None:
+    with pytest.raises(ValueError, match=r"^data\.batch_per_domain: expected a multiple of 2, .*, got 3$"):
+        make_loader(domains, config(batch_per_domain=3), 0, 0, 1, rank=1, ranks=2)
+
+
 def test_continuing_equals_not_stopping(domains: list[FolderDomain]) -> None:
     whole = batches(domains, 0, 6)
     assert same(whole[4:], batches(domains, 4, 6))
