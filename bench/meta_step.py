@@ -1,152 +1,266 @@
-"""Seconds per iteration of the training modes, side by side: ``python bench/meta_step.py``.
+"""Time and memory of one training iteration beside the released code's: ``python bench/meta_step.py``.
 
-One iteration is the step, the SGD update and the memory's rewrite, on random images.  Before anything is timed the
-orders are checked against each other: equal at inner learning rate 0, apart otherwise.
+One iteration is the step, SGD, and the memory's rewrite, on the same images and from the same weights for all: the
+released recipe as shipped (with autograd's anomaly detection) and without that, and ours, order 1 and 2, in float32 and
+under bf16 autocast, eager and compiled.  Nothing is timed before the released iteration and ours were found to be the
+same mathematics, and the orders to be equal and apart where they must; otherwise the exit status is 1, as it is when a
+variant fails.  The variants take turns, so that what else the machine does hits all alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
+import gc
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from pmm_fast import meta, ops
-from pmm_fast.models import Segmentor, build_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-VARIANTS = (("agg", 1), ("memory-agg", 1), ("mldg", 1), ("mldg", 2), ("pinmem", 1), ("pinmem", 2))
-EQUAL = 1e-3  # float32, relative to the largest gradient entry
+from bench import harness, report, step_gate, step_report
+from bench.memory_ops import first_line, versions
+from bench.phases import Clock
+from bench.step_variants import VARIANTS, Iteration, Setup, Variant, new_iteration
+from pmm_fast import meta
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+class Preset(NamedTuple):
+    """Defaults of the options."""
+
+    crop: tuple[int, int]
+    images: int
+    iterations: int
+    limit: float
+    tf32: bool
+    engine: str
+    variants: tuple[str, ...]
+
+
+BASELINES = ("released", "released_no_anomaly")
+EAGER = ("order1", "order2", "order1_bf16", "order2_bf16")
+PRESETS = {
+    "small": Preset(
+        (192, 192), 2, 5, 120.0, False, "graph", (*BASELINES, *EAGER, "order2_checkpointed", "order2_compiled")
+    ),
+    # the released code's PyTorch 1.9 has TF32 switched on
+    "paper": Preset(
+        (768, 768),
+        4,
+        10,
+        600.0,
+        True,
+        "cuda-graph",
+        (*BASELINES, *EAGER, "order2_bf16_checkpointed", "plain_bf16", "order2_bf16_compiled"),
+    ),
+}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="small, or paper: a GPU's [small]")
     parser.add_argument("--architecture", default="deeplabv3plus_resnet50")
-    parser.add_argument("--crop", type=int, nargs=2, default=[96, 96], help="height width in pixels [96 96]")
-    parser.add_argument("--images", type=int, default=2, help="images a domain, two domains [2]")
-    parser.add_argument("--iterations", type=int, default=5, help="timed iterations a variant [5]")
-    parser.add_argument("--amp", action="store_true", help="bf16 autocast")
-    parser.add_argument("--json", metavar="FILE", help="also write the records here")
-    return parser.parse_args()
-
-
-def batches(options: argparse.Namespace, device: torch.device) -> tuple[meta.Batch, meta.Batch]:
-    torch.manual_seed(0)
-    shape = (options.images, *options.crop)
-    return tuple(  # type: ignore[return-value]
-        meta.Batch(
-            torch.randn(shape[0], 3, *shape[1:], device=device),
-            torch.randint(0, 19, shape, dtype=torch.uint8, device=device),
-        )
-        for _ in range(2)
+    parser.add_argument("--channels", type=int, default=256, help="width of the feature map and the memory [256]")
+    parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="pixels [192 192; paper: 768 768]")
+    parser.add_argument("--images", type=int, help="images a domain, two domains [2; paper: 4]")
+    parser.add_argument("--iterations", type=int, help="timed iterations of each variant, at most [5; paper: 10]")
+    parser.add_argument(
+        "--limit", type=float, metavar="S", help="no further round begins after S seconds [120; paper: 600]"
     )
-
-
-def make_iteration(model: Segmentor, mode: str, order: int, options: argparse.Namespace, inner_lr: float = 0.0025):
-    """A function that runs one iteration of a variant and returns its gradients."""
-    device = next(model.parameters()).device
-    params, buffers, memory = meta.split_state(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    autocast = torch.bfloat16 if options.amp else None
-    hyper = meta.Hyper(meta.Network(model), mode, order, inner_lr=inner_lr, autocast=autocast)
-    train, test = batches(options, device)
-    if mode not in meta.META_MODES:
-        train, test = meta.Batch(*(torch.cat(parts) for parts in zip(train, test, strict=True))), None
-
-    def noise(batch: meta.Batch | None):
-        if memory is None or batch is None:
-            return None
-        size = model.feature_size(*batch.images.shape[2:])
-        return ops.gumbel_noise((len(batch.images), 19, *size), device=device)
-
-    def iterate() -> meta.State:
-        torch.manual_seed(1)
-        result = meta.step(params, buffers, memory, train, test, meta.Noise(noise(train), noise(test)), hyper)
-        for name, parameter in params.items():
-            parameter.grad = result.grads[name]
-        optimizer.step()
-        if memory is not None:
-            memory.copy_(meta.rewrite_memory(params, buffers, memory, [train], hyper))
-        return result.grads
-
-    return iterate
-
-
-def new_model(options: argparse.Namespace, mode: str, device: torch.device) -> Segmentor:
-    torch.manual_seed(0)
-    model = build_model(options.architecture, 19, memory=mode in meta.MEMORY_MODES).to(device).train()
-    if model.memory is not None:
-        model.memory.slots.copy_(ops.normalize(torch.rand_like(model.memory.slots), 1))
-    return model
-
-
-def gate(options: argparse.Namespace, device: torch.device) -> None:
-    """Order 2 equals order 1 where the inner step is empty, and only there."""
-    distances = []
-    for inner_lr in (0.0, 0.0025):
-        first, second = (
-            make_iteration(new_model(options, "pinmem", device), "pinmem", order, options, inner_lr)()
-            for order in (1, 2)
-        )
-        largest = torch.stack([value.abs().max() for value in first.values()]).max()
-        apart = torch.stack([(first[name] - second[name]).abs().max() for name in first]).max()
-        distances.append(float(apart / largest))
-    print(f"gate: order 2 against order 1: {distances[0]:.1e} at inner lr 0, {distances[1]:.1e} at 0.0025")
-    if not distances[0] < EQUAL < distances[1]:
-        sys.exit("gate failed: nothing is timed")
-
-
-def main() -> None:
-    options = arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gate(options, device)
-    records = []
-    for mode, order in tqdm(VARIANTS, desc="variants", disable=not sys.stderr.isatty()):
-        iterate = make_iteration(new_model(options, mode, device), mode, order, options)
-        seconds = []
-        for index in range(options.iterations + 1):
-            start = time.perf_counter()
-            iterate()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if index:  # the first warms up
-                seconds.append(time.perf_counter() - start)
-        median = statistics.median(seconds)
-        records.append(
-            {
-                "variant": mode,
-                "order": order if mode in meta.META_MODES else None,
-                "dtype": "bf16" if options.amp else "float32",
-                "compiled": False,
-                "seconds_per_step": median,
-                "images_per_s": 2 * options.images / median,
-                "ratio_agg": median / records[0]["seconds_per_step"] if records else 1.0,
-            }
-        )
-    report(records, options, device)
-
-
-def report(records: list[dict], options: argparse.Namespace, device: torch.device) -> None:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    print(
-        f"{options.architecture}, {options.images} images a domain, 2 domains, crop {options.crop}, {name}, {threads}"
+    parser.add_argument("--variants", nargs="+", metavar="NAME", choices=VARIANTS, help=", ".join(VARIANTS))
+    parser.add_argument("--engine", help="of compiled variants: graph, inductor, cuda-graph [graph; paper: cuda-graph]")
+    parser.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction, help="TF32 on a GPU, for all variants [off; paper: on]"
     )
-    print(f"torch {torch.__version__}, median of {options.iterations}")
-    print(f"{'variant':<12}{'order':>6}{'s/iteration':>13}{'images/s':>10}{'x agg':>8}")
-    for record in records:
-        print(
-            f"{record['variant']:<12}{record['order'] or '-':>6}{record['seconds_per_step']:>13.3f}"
-            f"{record['images_per_s']:>10.2f}{record['ratio_agg']:>8.2f}"
-        )
-    if options.json:
-        Path(options.json).write_text(json.dumps(records, indent=2) + "\n")
+    parser.add_argument("--channels-last", action="store_true", help="images of our variants in channels_last")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run [cuda if there is one]")
+    parser.add_argument("--json", metavar="FILE", help="write the records here, as a list; kept up to date")
+    parser.add_argument("--plot", metavar="FILE", help="draw the times by part, and the peak memory")
+    options = parser.parse_args(argv)
+    for name, value in PRESETS[options.preset]._asdict().items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    for name in ("images", "iterations"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected a positive number, got {getattr(options, name)}")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device")
+    return options
+
+
+@dataclass
+class Session:
+    """One run of the bench: what it measures, and what has come out so far."""
+
+    setup: Setup
+    options: argparse.Namespace
+    about: dict[str, object]
+    begin: float = field(default_factory=time.monotonic)
+    measured: dict[Variant, harness.Measured] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    _ready: dict[Variant, Iteration] = field(default_factory=dict)
+
+    def records(self) -> list[step_report.Record]:
+        """What the files hold: every variant that was timed."""
+        timed = {variant: found for variant, found in self.measured.items() if found.seconds}
+        return [
+            record | {"compile_seconds": compile_seconds(self._ready[variant])} | self.about
+            for variant, record in zip(timed, step_report.records_of(timed, self.setup), strict=True)
+        ]
+
+    def run(self, variants: list[Variant]) -> None:
+        """Everything that there is time for: the eager variants first, then, once more, all of them.
+
+        Compiling can take longer than all else; what is known before stands in the file if that is cut off.
+        """
+        compiled = [variant for variant in variants if variant.compiled]
+        eager = [variant for variant in variants if not variant.compiled]
+        rounds = self.options.iterations
+        first = (rounds + 1) // 2 if compiled else rounds
+        stages = [(eager, first)] if eager else []
+        stages += [(compiled, rounds - first if eager else rounds)] if compiled else []
+        total = sum(len(added) for added in (eager, compiled)) + sum(count for _, count in stages)
+        with tqdm(total=total, desc="preparing", disable=not sys.stderr.isatty()) as bar:
+            for added, count in stages:
+                for variant in added:
+                    bar.set_description(variant.name)
+                    self._prepare(variant)
+                    bar.update()
+                bar.set_description("rounds")
+                for index in range(max(count, 1)):
+                    # one round whatever it takes: a ratio needs both of its sides
+                    if index == 0 or time.monotonic() - self.begin < self.options.limit:
+                        self._round()
+                    bar.update()
+
+    def _prepare(self, variant: Variant) -> None:
+        """Build a variant, run it to be warm, and weigh it."""
+        try:
+            iteration, kept, peak = weigh(lambda: new_iteration(variant, self.setup), self.setup.device)
+        except Exception as error:
+            self.failed[variant.name] = first_line(error)
+        else:
+            self._ready[variant] = iteration
+            self.measured[variant] = harness.Measured(peak_bytes={"step": peak, "kept": kept})
+        release_memory(self.setup.device)
+
+    def _round(self) -> None:
+        """Every variant once."""
+        for variant, iteration in self._ready.items():
+            clock = Clock(self.setup.device)
+            remainder = "compiled" if variant.compiled else "forward"
+            found = clock.measure(partial(iteration, clock), remainder)
+            for which, seconds in found.items():
+                self.measured[variant].seconds.setdefault(which, []).append(seconds)
+        if self.options.json:
+            report.write_json(self.options.json, self.records())
+
+    def finish(self) -> None:
+        """The table, the targets, and the picture."""
+        records = self.records()
+        print(f"\n{step_report.HEADER}")
+        for record in records:
+            print(step_report.row(record))
+        for name, reason in self.failed.items():
+            print(f"{name:<24}NOT AVAILABLE: {reason}")
+        print(step_report.LEGEND)
+        for line in step_report.target_lines(records, self.options.device):
+            print(line)
+        if self.options.plot and records:
+            setup = self.setup
+            size = f"{setup.architecture}, 2 x {setup.images} images of {setup.crop[0]} x {setup.crop[1]}"
+            about = f"{self.about['device']}, {self.about['threads']} threads, torch {self.about['torch']}"
+            step_report.draw(self.options.plot, records, f"{size}; {about}")
+
+
+def compile_seconds(iteration: Iteration) -> float | None:
+    """Seconds that tracing, compiling and the check of the result took; None where nothing was compiled."""
+    step = iteration.step
+    if not isinstance(step, meta.CompiledStep):
+        return None
+    return step.trace_seconds + step.compile_seconds + step.check_seconds
+
+
+def weigh(build: Callable[[], Iteration], device: torch.device) -> tuple[Iteration, int, int]:
+    """A variant after two iterations, the bytes that it keeps between them, and the most that it held in the second.
+
+    Everything counts that the variant has: parameters, their copies, gradients that stay, momentum, images, and what
+    the iteration allocates.  A captured graph has memory of its own, which is set aside rather than allocated.
+    """
+    peak_of = harness.cuda_peak if device.type == "cuda" else harness.cpu_peak
+    held: list[Iteration] = []
+    clock = Clock(device)
+
+    def begin() -> None:
+        held.append(build())
+        held[0](clock)
+        gc.collect()
+
+    before = set_aside(device)
+    _, kept, _ = peak_of(begin)
+    pool = set_aside(device) - before
+    most, _, _ = peak_of(lambda: held[0](clock))
+    captured = held[0].variant.compiled and pool > most
+    return held[0], kept, kept + (pool if captured else most)
+
+
+def set_aside(device: torch.device) -> int:
+    """Bytes that a GPU's allocator keeps and cannot give back, without tensors in them."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Drop what a variant has left behind, so that the next one finds the same room."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def passes_gate(setup: Setup, variants: list[Variant]) -> bool:
+    """Run the gate and print it."""
+    start, passed = time.monotonic(), True
+    for fine, text in step_gate.judge(setup, variants):
+        passed &= fine
+        print(f"gate: {'' if fine else 'FAILED: '}{text}", flush=True)
+    print(f"gate: {time.monotonic() - start:.0f} s", flush=True)
+    release_memory(setup.device)
+    return passed
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    device = torch.device(options.device)
+    setup = Setup(
+        options.architecture,
+        (options.crop[0], options.crop[1]),
+        options.images,
+        device,
+        options.channels,
+        engine=options.engine,
+        channels_last=options.channels_last,
+    )
+    variants = [VARIANTS[name] for name in options.variants]
+    about = versions(options.device) | {"tf32": options.tf32, "engine": options.engine}
+    about |= {"architecture": setup.architecture, "crop": list(setup.crop), "images_a_domain": setup.images}
+    about |= {"channels_last": setup.channels_last}
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    session = Session(setup, options, about)
+    if not passes_gate(setup, variants):
+        sys.exit("error: the gate failed, nothing is timed")
+    session.run(variants)
+    session.finish()
+    sys.exit(bool(session.failed))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,14 @@ def test_record_and_table(tmp_path):
     row = {"op": "memory_read", "size": "paper", "dtype": "float32", "backend": "triton", "pass": "fwd"}
     row |= {"median_ms": 0.0213, "bandwidth_share": 0.8, "ratio_released": None, "ratio_reference": 12.0}
     (tmp_path / "memory_ops.json").write_text(json.dumps([row]))
-    assert gpu_check.measured(tmp_path) == {"memory_ops": [row]}
+    iteration = {"variant": "order2_bf16", "images_per_s": 25.0, "seconds_per_step": 0.32, "peak_bytes": 12.5e9}
+    iteration |= {"ratio_released": 4.5, "ratio_released_no_anomaly": None}
+    (tmp_path / "meta_step.json").write_text(json.dumps([iteration]))
+    assert gpu_check.measured(tmp_path) == {"memory_ops": [row], "meta_step": [iteration]}
     step = {"name": "build", "status": "ok", "seconds": 60.0, "output": ""}
     record = {"device": "A GPU", "date": "2030-01-01", "commit": "0" * 40, "steps": [step], "memory_ops": [row]}
+    record["meta_step"] = [iteration]
     table = gpu_check.table(record)
     assert "| build | ok | 60.0 |" in table
     assert "| memory_read | paper | float32 | triton | fwd | 0.0213 | 0.8 |  | 12 |" in table
+    assert "| order2_bf16 | 25 | 0.32 | 12.5 | 4.5 |  |" in table
