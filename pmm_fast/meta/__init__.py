@@ -1,5 +1,6 @@
 """The meta step: Algorithm 1 as pure functions of parameters, buffers and memory."""
 
+from pmm_fast.meta.compile import CompiledStep, CompileMismatchError, default_engine
 from pmm_fast.meta.network import Network, State, split_state
 from pmm_fast.meta.schedule import draw_noise, draw_split, initialise_memory
 from pmm_fast.meta.step import (
@@ -13,16 +14,21 @@ from pmm_fast.meta.step import (
     rewrite_memory,
     step,
 )
+from pmm_fast.meta.trace import CompileError
 
 __all__ = [
     "MEMORY_MODES",
     "META_MODES",
     "Batch",
+    "CompileError",
+    "CompileMismatchError",
+    "CompiledStep",
     "Hyper",
     "Network",
     "Noise",
     "State",
     "StepResult",
+    "default_engine",
     "draw_noise",
     "draw_split",
     "initialise_memory",

@@ -168,8 +168,13 @@ def step(
     outer_noise = Noise(noise.test, None, noise.test_keep)
     outer_forward = _forward(adapted, scratch, new_memory, batch_mte, outer_noise, hyper, write=False)
     outer = _weighted(outer_forward.losses, hyper)
-    outer_grads = _gradient(outer, theta if second_order else adapted, hyper)
-    grads = {name: inner_grads[name].detach() + outer_grads[name] for name in theta}
+    if not second_order and not _is_shared_or_scaled(hyper):
+        grads = _add_gradient(inner_grads, outer, adapted)
+    else:
+        outer_grads = _gradient(outer, theta if second_order else adapted, hyper)
+        del adapted
+        # memory is at its fullest here: each sum takes the place of its terms
+        grads = {name: inner_grads.pop(name).detach() + outer_grads.pop(name) for name in theta}
 
     report |= {f"test/{name}": value for name, value in outer_forward.losses.items()} | {"test": outer}
     return StepResult(_report(report, inner + outer, hyper), _detached(grads), _detach(new_memory), new_buffers)
@@ -326,7 +331,7 @@ def _weighted(losses: dict[str, Tensor], hyper: Hyper) -> Tensor:
 
 def _gradient(loss: Tensor, params: State, hyper: Hyper, create_graph: bool = False) -> State:
     """Gradient by parameter name, of all ranks' shares; zero for a parameter that the loss does not reach."""
-    scale = None if isinstance(hyper.loss_scale, float) and hyper.loss_scale == 1 else hyper.loss_scale
+    scale = hyper.loss_scale if _is_scaled(hyper) else None
     found = torch.autograd.grad(
         loss if scale is None else loss * scale, list(params.values()), create_graph=create_graph, allow_unused=True
     )
@@ -338,6 +343,26 @@ def _gradient(loss: Tensor, params: State, hyper: Hyper, create_graph: bool = Fa
         grads = _sum_as_one(grads, hyper.network.group)
     # dividing by one would copy every gradient
     return grads if scale is None else {name: grad / scale for name, grad in grads.items()}
+
+
+def _add_gradient(grads: State, loss: Tensor, params: State) -> State:
+    """``grads`` plus the gradient of a loss, each added in place as soon as it is known."""
+    # a gradient that two parameters share would take both sums
+    if len({grad.untyped_storage()._cdata for grad in grads.values()}) < len(grads):
+        grads = {name: grad.clone() for name, grad in grads.items()}
+    for name, value in params.items():
+        value.grad = grads[name]
+    torch.autograd.backward(loss, inputs=list(params.values()))
+    return grads
+
+
+def _is_scaled(hyper: Hyper) -> bool:
+    return isinstance(hyper.loss_scale, Tensor) or hyper.loss_scale != 1
+
+
+def _is_shared_or_scaled(hyper: Hyper) -> bool:
+    """Whether a gradient needs something done to it before it can be added to another."""
+    return hyper.network.group is not None or _is_scaled(hyper)
 
 
 def _sum_as_one(values: State, group: str) -> State:
