@@ -80,21 +80,26 @@ class Clock:
             gradients: the phases that the gradients are.
         """
         names = iter(gradients)
-        grad, write = torch.autograd.grad, _STEP._write_with_constant_encoder
+        write = _STEP._write_with_constant_encoder
 
-        def timed_grad(*args: Any, **kwargs: Any) -> Any:
-            # recomputed blocks differentiate inside the step's own gradients
-            if self._inside:
-                return grad(*args, **kwargs)
-            with self.phase(next(names)):
-                return grad(*args, **kwargs)
+        def timed(differentiate: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                # recomputed blocks differentiate inside the step's own gradients
+                if self._inside:
+                    return differentiate(*args, **kwargs)
+                with self.phase(next(names)):
+                    return differentiate(*args, **kwargs)
+
+            return wrapped
 
         def timed_write(*args: Any, **kwargs: Any) -> Any:
             with self.phase("memory"):
                 return write(*args, **kwargs)
 
         with (
-            mock.patch.object(torch.autograd, "grad", timed_grad),
+            mock.patch.object(torch.autograd, "grad", timed(torch.autograd.grad)),
+            # order 1 adds its outer gradient to the inner one in place
+            mock.patch.object(torch.autograd, "backward", timed(torch.autograd.backward)),
             mock.patch.object(_STEP, "_write_with_constant_encoder", timed_write),
         ):
             yield

@@ -121,6 +121,13 @@ TARGETS_CPU = (
     Target("order2", "order1", "time", 1.5),
     Target("order1", "released", "memory", 0.6),
     Target("order2", "released", "memory", 0.6),
+    # what training runs on a CPU, and what it can be asked to
+    Target("order1_compiled", "released_no_anomaly", "speed", 1.2),
+    Target("order1_compiled", "released", "speed", 1.5),
+    Target("order1_bf16_compiled", "released_no_anomaly", "speed", 2),
+    Target("order2_compiled", "order1_compiled", "time", 1.5),
+    Target("order1_compiled", "released", "memory", 0.6),
+    Target("order1_checkpointed", "released", "memory", 0.6),
 )
 TARGETS_GPU = (
     Target("order2_bf16_compiled", "released", "speed", 5),

@@ -62,9 +62,12 @@ class Trainer:
         with self.ranks.first_alone():
             self.sources = build.open_sources(config)
             self.model, backbone = build.create_model(config)
-        self.model.to(self.device)
-        self.network = meta.Network(self.model, self.ranks.group)
-        self.step = meta.step
+        self.layout = build.memory_format(config, self.device)
+        self.model.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        build.set_float32_precision(config)
+        self.network = meta.Network(self.model, self.ranks.group, config.checkpoint_activations)
+        engine = meta.choose_engine(config.compile, self.device, config.optim.iterations)
+        self.step = meta.CompiledStep(engine, config.strict, self._say) if engine else meta.step
         self.generator = torch.Generator(self.device)
         self.params, self.buffers, self.memory = meta.split_state(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -133,7 +136,8 @@ class Trainer:
         total_losses: dict[str, Tensor] = {}
         buffers = self.buffers
         for index, (images, labels) in enumerate(micro_batches):
-            mtr, mte = _take(images, labels, train), _take(images, labels, test) if test else None
+            mtr = _take(images, labels, train, self.layout)
+            mte = _take(images, labels, test, self.layout) if test else None
             noise = self._noise((len(mtr.images), len(mte.images) if mte else 0), index)
             result = self.step(self.params, buffers, self.memory, mtr, mte, noise, hyper)
             _accumulate(total_grads, result.grads, config.optim.accumulate)
@@ -148,7 +152,7 @@ class Trainer:
         if finite:
             for name, value in buffers.items():
                 self.buffers[name].copy_(value)
-            self._update(total_grads, [_take(*batch, train) for batch in micro_batches], hyper)
+            self._update(total_grads, [_take(*batch, train, self.layout) for batch in micro_batches], hyper)
         elif self.scale.exhausted:
             self._stop_non_finite(losses, norm, micro_batches, hyper)
         return losses, norm
@@ -189,7 +193,8 @@ class Trainer:
         return {"pin_memory": self.device.type == "cuda", "rank": self.ranks.rank, "ranks": self.ranks.size}
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return tuple(part.to(self.device, non_blocking=True) for part in batch)  # type: ignore[return-value]
+        images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+        return images, labels
 
     def _initialise_memory(self) -> None:
         """Two passes over the training data with its plain augmentation, encoder only."""
@@ -324,9 +329,13 @@ def _changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def _take(images: Tensor, labels: Tensor, domains: list[int]) -> meta.Batch:
+def _take(
+    images: Tensor, labels: Tensor, domains: list[int], layout: torch.memory_format = torch.contiguous_format
+) -> meta.Batch:
     """The images of some domains ``[D, B, ...]`` as one batch, domain by domain."""
-    return meta.Batch(images[domains].flatten(0, 1), labels[domains].flatten(0, 1))
+    # picked by slices: a list of positions would be copied to the GPU, and make the host wait
+    chosen_images, chosen_labels = (torch.cat([part[domain] for domain in domains]) for part in (images, labels))
+    return meta.Batch(chosen_images.contiguous(memory_format=layout), chosen_labels)
 
 
 def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor], count: int) -> None:

@@ -1,6 +1,6 @@
 """The meta step: Algorithm 1 as pure functions of parameters, buffers and memory."""
 
-from pmm_fast.meta.compile import CompiledStep, CompileMismatchError, default_engine
+from pmm_fast.meta.compile import CompiledStep, CompileMismatchError, choose_engine
 from pmm_fast.meta.network import Network, State, split_state
 from pmm_fast.meta.schedule import draw_noise, draw_split, initialise_memory
 from pmm_fast.meta.step import (
@@ -28,7 +28,7 @@ __all__ = [
     "Noise",
     "State",
     "StepResult",
-    "default_engine",
+    "choose_engine",
     "draw_noise",
     "draw_split",
     "initialise_memory",

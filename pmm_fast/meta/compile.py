@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,17 +30,26 @@ from pmm_fast.ops.collective import sum_over_ranks
 MAX_GRAPHS = 8
 # seconds between two signs of life
 HEARTBEAT = 10.0
-# what `--compile auto` takes, by device type; None is eager mode.  Measured: docs/compile.md
-DEFAULT_ENGINES: dict[str, str | None] = {"cpu": None, "cuda": None}
+# what `--compile on` takes, by device type
+BEST_ENGINES = {"cpu": "graph", "cuda": "cuda-graph"}
+# iterations after which tracing was measured to have paid, where it was: docs/compile.md
+PAYS_AFTER = {"cpu": 200}
 
 
 class CompileMismatchError(RuntimeError):
     """The compiled step computes something else than the eager one."""
 
 
-def default_engine(device: torch.device) -> str | None:
-    """The engine that is fastest on a device by the measurements of docs/compile.md; None: eager mode."""
-    return DEFAULT_ENGINES.get(device.type)
+def choose_engine(wanted: Literal["auto", "on", "off"], device: torch.device, iterations: int) -> str | None:
+    """The engine for the option ``compile``: the device's best; None is eager mode.
+
+    Args:
+        wanted: ``on``, ``off``, or ``auto``: on where docs/compile.md has measured that it pays.
+        device: of the network.
+        iterations: how many the run has.
+    """
+    pays = device.type in PAYS_AFTER and iterations >= PAYS_AFTER[device.type]
+    return BEST_ENGINES[device.type] if wanted == "on" or (wanted == "auto" and pays) else None
 
 
 def print_to_stderr(text: str) -> None:

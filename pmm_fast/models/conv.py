@@ -329,8 +329,10 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, I, H, W]`` to ``[N, O, H', W']``."""
         weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        kind = x.device.type
+        # the meta device has no autocast to ask about
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         function = _conv2d if torch.is_grad_enabled() else convolve
         return function(x, weight, bias, *self._geometry)

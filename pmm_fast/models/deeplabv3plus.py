@@ -42,7 +42,8 @@ class ASPP(nn.Module):
         Raises:
             ValueError: one image while training, whose mean BatchNorm cannot normalise.
         """
-        if x.shape[0] == 1 and self.image_pool[1].training:
+        norm = self.image_pool[1]
+        if x.shape[0] == 1 and norm.training and norm.group is None:
             raise ValueError(
                 "ASPP: training needs at least 2 images a forward pass, got 1: the image-pooling branch has one "
                 "position an image, and BatchNorm needs two values; raise the batch size or call .eval()"

@@ -23,6 +23,7 @@ from pmm_fast.engine import trainer as trainer_module
 from pmm_fast.engine.checkpoint import CheckpointError
 from pmm_fast.engine.optim import LossScale
 from pmm_fast.engine.trainer import NonFiniteLossError, Trainer
+from pmm_fast.models import recompute
 from tests.engine.test_checkpoint import file_size_limit
 from tests.street_folders import CLASSES, log_lines, same, tiny_config, train
 
@@ -424,3 +425,35 @@ def test_weights_of_another_backbone(domains: Path, tmp_path: Path) -> None:
     torch.save(other, tmp_path / "resnet18.pth")
     with pytest.raises(ValueError, match=rf"^{tmp_path}/resnet18\.pth does not fit the backbone"):
         train(domains, tmp_path / "run", {"model.weights": str(tmp_path / "resnet18.pth")})
+
+
+@pytest.mark.parametrize("options", [{}, {"meta.order": 1}, {"meta.mode": "agg"}], ids=["order 2", "order 1", "agg"])
+def test_compiled_run_is_the_eager_one(
+    domains: Path, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = options | {"optim.iterations": 3, "meta.inner_lr": 0.1}
+    eager = train(domains, tmp_path / "eager", options | {"compile": "off"})
+    capsys.readouterr()
+    compiled = train(domains, tmp_path / "compiled", options | {"compile": "on", "strict": True})
+    assert "compile: checked against eager mode" in capsys.readouterr().err
+    assert same(eager["model"], compiled["model"])
+
+
+def test_checkpointed_run_is_the_plain_one(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"optim.iterations": 1, "meta.order": 1}
+    train(domains, tmp_path / "plain", options)
+    calls = []
+    apply = recompute._Forward.apply
+    monkeypatch.setattr(recompute._Forward, "apply", lambda *args: calls.append(1) or apply(*args))
+    train(domains, tmp_path / "again", options | {"checkpoint_activations": True})
+    assert len(calls) > 20
+    (plain,), (again,) = log_lines(tmp_path / "plain"), log_lines(tmp_path / "again")
+    assert again["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    # gradients are added in another order (tests/models/test_recompute.py: to 1e-9 in float64)
+    assert again["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=1e-2)
+
+
+def test_tf32_is_what_the_option_says(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted in (True, False):
+        train(domains, tmp_path / str(wanted), {"optim.iterations": 1, "tf32": wanted})
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == wanted

@@ -410,6 +410,12 @@ def test_a_verdict_is_that_of_all_ranks(group, monkeypatch):
         monkeypatch.setattr(compile_module, "sum_over_ranks", lambda x, group, verdicts=verdicts: x + next(verdicts))
 
 
-def test_default_engine():
-    for device in ("cpu", "cuda", "mps"):
-        assert meta.default_engine(torch.device(device)) in (None, *compile_module.ENGINES)
+def test_choice_of_engine():
+    for kind in ("cpu", "cuda"):
+        device = torch.device(kind)
+        assert meta.choose_engine("on", device, 1) in compile_module.ENGINES
+        assert meta.choose_engine("off", device, 10**6) is None
+        assert meta.choose_engine("auto", device, 1) is None
+    assert meta.choose_engine("auto", torch.device("cpu"), 10**6) == "graph"
+    # no record says that it pays there
+    assert meta.choose_engine("auto", torch.device("cuda"), 10**6) is None
