@@ -1,8 +1,9 @@
 """What fits into which card: peak memory of a training iteration, computed: ``python bench/step_memory.py``.
 
 The iteration runs on fake tensors, which have a shape and a storage but no content, while every storage is followed
-from its allocation to its end: tensors alive at most, to the byte, on any machine and for any size.  Not in it: what an
-allocator loses to fragments, workspaces of the convolutions, and the CUDA context (about half a gigabyte together).
+from its allocation to its end: the tensors alive at most, for any size, on any machine.  The operators are those of the
+CPU; on a GPU a few small intermediates differ.  Not in it: what an allocator loses to fragments, workspaces of the
+convolutions, and the CUDA context (about half a gigabyte together).
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--architecture", default="deeplabv3plus_resnet50", choices=ARCHITECTURES, metavar="NAME")
     parser.add_argument("--crop", type=int, default=768, help="side of a training crop in pixels [768]")
     parser.add_argument("--images", type=int, default=4, help="images a domain, two domains [4]")
-    parser.add_argument("--cards", type=float, nargs="*", default=list(CARDS), help="card sizes in GB [12 24 80]")
+    parser.add_argument("--cards", type=float, nargs="+", default=list(CARDS), help="card sizes in GB [12 24 80]")
     parser.add_argument("--json", metavar="FILE", help="also write the records here")
     options = parser.parse_args(argv)
     if options.crop < 1 or options.images < 2:

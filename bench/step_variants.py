@@ -15,8 +15,9 @@ from torch import nn
 
 from bench.cases import street_labels
 from bench.phases import Clock
-from bench.released_step import ReleasedStep, plain_layers
+from bench.released_step import ReleasedStep
 from pmm_fast import meta, ops
+from pmm_fast.engine.build import memory_format
 from pmm_fast.models import Segmentor, build_model
 
 CLASSES = 19
@@ -92,7 +93,6 @@ class Setup:
         device: where everything is.
         inner_lr: alpha.
         engine: of ``meta.CompiledStep``.
-        channels_last: memory format of our variants' images.
     """
 
     architecture: str
@@ -102,7 +102,6 @@ class Setup:
     channels: int = 256
     inner_lr: float = 0.0025
     engine: str = "graph"
-    channels_last: bool = False
 
 
 def new_model(setup: Setup, memory: bool = True, dropout: float = DROPOUT) -> Segmentor:
@@ -132,7 +131,8 @@ class Ours:
 
     def __init__(self, variant: Variant, setup: Setup) -> None:
         self.variant = variant
-        self.model = new_model(setup, variant.mode in meta.MEMORY_MODES)
+        self.layout = memory_format(DTYPES[variant.dtype], setup.device)
+        self.model = new_model(setup, variant.mode in meta.MEMORY_MODES).to(memory_format=self.layout)
         self.params, self.buffers, self.memory = meta.split_state(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
         self.hyper = meta.Hyper(
@@ -151,11 +151,9 @@ class Ours:
 
     def _split(self, setup: Setup) -> tuple[meta.Batch, meta.Batch | None]:
         train, test = new_batches(setup)
-        if setup.channels_last:
-            train, test = (
-                meta.Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels)
-                for batch in (train, test)
-            )
+        train, test = (
+            meta.Batch(batch.images.contiguous(memory_format=self.layout), batch.labels) for batch in (train, test)
+        )
         if self.hyper.mode in meta.META_MODES:
             return train, test
         return meta.Batch(*(torch.cat(parts) for parts in zip(train, test, strict=True))), None
@@ -239,8 +237,6 @@ def count_products(setup: Setup, memory: bool = True) -> Products:
     """Counts by the formula B C_out h w C_in k^2 / groups of every convolution, on the meta device."""
     with torch.device("meta"):
         model = build_model(setup.architecture, CLASSES, channels=setup.channels, memory=memory).eval()
-    # ours ask the device for its autocast, which this one does not have
-    plain_layers(model)
     counted: list[float] = []
 
     def count(module: nn.Module, _: object, output: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ DESCRIPTION = (
     "results.json, results.csv, results.md, pictures, and training curves.  Options override the first run's "
     "configuration; testing is in float32 unless --amp is given."
 )
-SECTIONS = ("data", "eval", "device", "amp", "amp_dtype")
+SECTIONS = ("data", "eval", "device", "amp", "amp_dtype", "tf32")
 PICTURES = 3
 
 
@@ -86,7 +86,7 @@ def stored_config(path: str, options: dict[str, Any]) -> Config:
 
     base = checkpoint.read_config(path)
     # where and in which precision it was trained is no reason to test there and so
-    base.device, base.amp = "auto", False
+    base.device, base.amp, base.tf32 = "auto", False, False
     config = from_dict(options, "command line", base)
     validate(config, training=False)
     return config
@@ -135,11 +135,12 @@ def evaluate_runs(
         The results of each run, and the pictures of ``PICTURES`` evenly spaced images of each domain.
     """
     from pmm_fast.data.labels import get_space
-    from pmm_fast.engine.build import amp_type, pick_device
+    from pmm_fast.engine.build import amp_type, pick_device, set_float32_precision
     from pmm_fast.engine.evaluate import evaluate_domain, evenly_spaced
     from pmm_fast.viz.overlays import overlay
 
     space, device = get_space(config.data.label_space), pick_device(config.device)
+    set_float32_precision(config.tf32)
     results: dict[str, list[DomainResult]] = {run.name: [] for run in runs}
     pictures: Pictures = {}
     for domain in domains:

@@ -43,15 +43,15 @@ def amp_type(config: Config) -> torch.dtype | None:
     return AMP_TYPES[config.amp_dtype] if config.amp else None
 
 
-def memory_format(config: Config, device: torch.device) -> torch.memory_format:
+def memory_format(autocast: torch.dtype | None, device: torch.device) -> torch.memory_format:
     """Channels last on a GPU in mixed precision, whose tensor cores take nothing else; a CPU gains nothing by it."""
-    return torch.channels_last if device.type == "cuda" and config.amp else torch.contiguous_format
+    return torch.channels_last if device.type == "cuda" and autocast is not None else torch.contiguous_format
 
 
-def set_float32_precision(config: Config) -> None:
+def set_float32_precision(tf32: bool) -> None:
     """Whether float32 convolutions and products on a GPU may round to TF32; PyTorch lets convolutions do it unasked."""
-    torch.backends.cudnn.allow_tf32 = config.tf32
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def run_folder(config: Config) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,11 @@ class Trainer:
         with self.ranks.first_alone():
             self.sources = build.open_sources(config)
             self.model, backbone = build.create_model(config)
-        self.layout = build.memory_format(config, self.device)
+        self.layout = build.memory_format(build.amp_type(config), self.device)
         self.model.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
-        build.set_float32_precision(config)
+        build.set_float32_precision(config.tf32)
         self.network = meta.Network(self.model, self.ranks.group, config.checkpoint_activations)
-        engine = meta.choose_engine(config.compile, self.device, config.optim.iterations)
-        self.step = meta.CompiledStep(engine, config.strict, self._say) if engine else meta.step
+        self.step: Callable[..., meta.StepResult] = meta.step
         self.generator = torch.Generator(self.device)
         self.params, self.buffers, self.memory = meta.split_state(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -91,6 +90,7 @@ class Trainer:
         if self.config.resume:
             self._restore()
         self._check_ranks()
+        self._choose_step()
         with contextlib.ExitStack() as stack:
             log = None
             if self.ranks.first:
@@ -103,6 +103,13 @@ class Trainer:
                 self._initialise_memory()
             self._loop(log)
         return self.folder
+
+    def _choose_step(self) -> None:
+        """Compile the step if that is asked for, or pays in the iterations that are left."""
+        left = self.config.optim.iterations - self.iteration
+        engine = meta.choose_engine(self.config.compile, self.device, left)
+        if engine:
+            self.step = meta.CompiledStep(engine, self.config.strict, self._say)
 
     def _loop(self, log: RunLog | None) -> None:
         """The iterations; what is logged is the same on all ranks, and one of them writes it."""
@@ -134,9 +141,10 @@ class Trainer:
         )
         total_grads: meta.State = {}
         total_losses: dict[str, Tensor] = {}
-        buffers = self.buffers
+        buffers, train_batches = self.buffers, []
         for index, (images, labels) in enumerate(micro_batches):
             mtr = _take(images, labels, train, self.layout)
+            train_batches.append(mtr)
             mte = _take(images, labels, test, self.layout) if test else None
             noise = self._noise((len(mtr.images), len(mte.images) if mte else 0), index)
             result = self.step(self.params, buffers, self.memory, mtr, mte, noise, hyper)
@@ -152,7 +160,7 @@ class Trainer:
         if finite:
             for name, value in buffers.items():
                 self.buffers[name].copy_(value)
-            self._update(total_grads, [_take(*batch, train, self.layout) for batch in micro_batches], hyper)
+            self._update(total_grads, train_batches, hyper)
         elif self.scale.exhausted:
             self._stop_non_finite(losses, norm, micro_batches, hyper)
         return losses, norm

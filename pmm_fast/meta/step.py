@@ -230,7 +230,10 @@ def _forward(
     hyper: Hyper,
     write: bool,
 ) -> _Forward:
-    """Read losses of a training forward with the meta-train part of the noise; with ``write`` also the class sums."""
+    """Read losses of a training forward with the meta-train part of the noise.
+
+    With ``write`` also the class sums, and the mean largest weight of the read.
+    """
     net, labels = hyper.network, batch.labels
     written = top_weight = None
     with autocast(hyper, batch.images.device):
@@ -241,10 +244,10 @@ def _forward(
                 output = net("memory.writer", params, buffers, feature)
                 read, scores, *pooled = ops.memory_pass(feature, output, labels, memory, noise.train, hyper.temperature)
                 written = (pooled[0], pooled[1])
+                top_weight = ops.assignment(scores.detach(), noise.train, hyper.temperature).amax(1).mean()
             else:
                 read, scores = ops.memory_read(feature, memory, noise.train, hyper.temperature)
             decoded = net("memory.fusion", params, buffers, feature, read)
-            top_weight = ops.assignment(scores.detach(), noise.train, hyper.temperature).amax(1).mean()
         logits = net("decoder", params, buffers, decoded, low_level)
         keep = () if noise.train_keep is None else (noise.train_keep,)
         aux_logits = net("aux_head", params, buffers, aux, *keep)

@@ -96,6 +96,14 @@ def weight_gradient(
     return F.pad(found, (columns, columns, rows, rows)) if rows or columns else found
 
 
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """The type of the mixed precision in force on a device, or None."""
+    # the meta device has none to ask about
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -329,10 +337,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, I, H, W]`` to ``[N, O, H', W']``."""
         weight, bias = self.weight, self.bias
-        kind = x.device.type
-        # the meta device has no autocast to ask about
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = autocast_type(x.device)
+        if dtype is not None and x.dtype != torch.float64:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         function = _conv2d if torch.is_grad_enabled() else convolve
         return function(x, weight, bias, *self._geometry)

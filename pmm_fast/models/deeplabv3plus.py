@@ -43,7 +43,8 @@ class ASPP(nn.Module):
             ValueError: one image while training, whose mean BatchNorm cannot normalise.
         """
         norm = self.image_pool[1]
-        if x.shape[0] == 1 and norm.training and norm.group is None:
+        # over several ranks, the others have values too
+        if x.shape[0] == 1 and norm.training and getattr(norm, "group", None) is None:
             raise ValueError(
                 "ASPP: training needs at least 2 images a forward pass, got 1: the image-pooling branch has one "
                 "position an image, and BatchNorm needs two values; raise the batch size or call .eval()"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pmm_fast.models.conv import autocast_type
 from pmm_fast.models.mobilenetv2 import InvertedResidual
 from pmm_fast.models.resnet import BasicBlock, Bottleneck
 
@@ -75,25 +76,17 @@ class _Recomputed:
             return self.body(x)
         # by now the caller has put the values of this pass in the block's place
         params, buffers = dict(self.body.named_parameters()), dict(self.body.named_buffers())
-        precision = _autocast_of(x.device)
+        precision, cached = autocast_type(x.device), torch.is_autocast_cache_enabled()
 
         def function(tensors: Sequence[Tensor], again: bool) -> Tensor:
             state = dict(zip(params, tensors[1:], strict=True))
             # batch norm takes note of its statistics once
             state |= {name: value.clone() if again else value for name, value in buffers.items()}
-            with torch.autocast(x.device.type, **precision):
+            # its derivatives are taken outside of the mixed precision that it was called in
+            with torch.autocast(x.device.type, precision, enabled=precision is not None, cache_enabled=cached):
                 return functional_call(self.body, state, (tensors[0],), strict=True)
 
         return _Forward.apply(function, x, *params.values())
-
-
-def _autocast_of(device: torch.device) -> dict[str, Any]:
-    """The mixed precision in force, for the passes that run outside it later."""
-    return {
-        "enabled": torch.is_autocast_enabled(device.type),
-        "dtype": torch.get_autocast_dtype(device.type),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }
 
 
 class _Forward(torch.autograd.Function):
