@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,14 @@ from pmm_fast.meta.engines import ENGINES, Compiled, cache_folder
 from pmm_fast.meta.network import State
 from pmm_fast.meta.step import META_MODES, Batch, Hyper, Noise, StepResult, step
 from pmm_fast.meta.trace import Call, CompileError, Traced, take_apart, trace
-from pmm_fast.ops.collective import sum_over_ranks
+from pmm_fast.ops.collective import RankLostError, sum_over_ranks
 
-# graphs that one run may need: the splits of three domains are two, a last batch that is smaller makes four
+T = TypeVar("T")
+
+# graphs that one run may need: three domains are split 1 + 2 or 2 + 1, which are two layouts, and nine give eight
 MAX_GRAPHS = 8
+# of what each rank tells the others
+TEXT_BYTES = 1000
 # seconds between two signs of life
 HEARTBEAT = 10.0
 # what `--compile on` takes, by device type
@@ -74,6 +78,8 @@ class CompiledStep:
     ``inner_lr`` and ``loss_scale``, and the backend of the operators; another one is traced anew, the ninth and later
     run eagerly.
     What cannot be compiled or differs from eager mode is told with its numbers, and from then on every step is eager.
+    In a group of ranks the verdicts are exchanged, so that all go on alike and tell which rank had what; an engine that
+    fails on one of them is an error.
 
     Args:
         engine: ``graph`` (the traced operations one by one), ``inductor`` (fused by ``torch.compile``'s Inductor,
@@ -121,7 +127,8 @@ class CompiledStep:
         """One step; arguments, result and errors are those of :func:`pmm_fast.meta.step`.
 
         Raises:
-            CompileError: with ``strict``: the step cannot be compiled, or has more than eight layouts.
+            CompileError: with ``strict``: the step cannot be compiled, or has more than eight layouts.  In a group also
+                without: the engine failed on this rank.
             CompileMismatchError: with ``strict``: the compiled step differs from eager mode.
         """
         arguments = (params, buffers, memory, batch_mtr, batch_mte, noise, hyper)
@@ -131,65 +138,99 @@ class CompiledStep:
         entry = self._entries.get(call.key)
         if entry is not None and entry.checked:
             return _run(entry, call)
+        # a graph that is given up may be held by nothing, or its memory would stay
+        del entry
         # before anything is traced: an argument that does not fit gets its own error
         expected = step(*arguments)
-        if entry is None:
-            entry = self._compile(call, hyper)
-        if entry is not None:
-            self._check(entry, call, expected, hyper)
+        self._begin(call, expected, hyper)
+        if self.fallback is not None and call.device.type == "cuda":
+            torch.cuda.empty_cache()
         return expected
 
-    def _compile(self, call: Call, hyper: Hyper) -> _Entry | None:
-        """The graph of a new layout, or None where the step stays eager."""
+    def _begin(self, call: Call, expected: StepResult, hyper: Hyper) -> None:
+        """Compile a new layout, and check the first batch of one; a gradient that is not finite tells nothing."""
+        if call.key not in self._entries:
+            traced = self._trace(call, hyper)
+            compiled = None if traced is None else self._attempt("compile", hyper, self._build, traced, call)
+            if traced is None or compiled is None:
+                return
+            self._entries[call.key] = _Entry(traced, compiled)
+        entry = self._entries[call.key]
+        # the sums of a step over ranks need all of them
+        if _told_by_ranks(None if _is_finite(expected) else "not finite", hyper, call.device):
+            return
+        agreement = self._attempt("run", hyper, self._compare, entry, call, expected, hyper)
+        if agreement is None:
+            return
+        self.agreements.append(agreement)
+        failure = None if agreement.failure is None else f"{agreement.failure} ({agreement})"
+        why = _told_by_ranks(failure, hyper, call.device)
+        if why is None:
+            entry.checked = True
+            self.say(f"compile: checked against eager mode: {agreement}")
+        else:
+            self._give_up(f"the compiled step is not the eager one: {why}", CompileMismatchError)
+
+    def _trace(self, call: Call, hyper: Hyper) -> Traced | None:
+        """The graph of a new layout, or None where the step stays eager.  Runs no collective of the step."""
         if len(self._entries) >= MAX_GRAPHS:
             self._no_room()
             return None
-        device = call.values[0].device
-        cause: Exception | None = None
+        traced = cause = None
         try:
-            entry = self._build(call)
+            with self._stage("tracing the step") as seconds:
+                traced = trace(call)
         # whatever a compiler raises is told, and is no reason to stop training
         except Exception as error:
             cause = error
-        if _on_any_rank(cause is not None, hyper, device):
-            why = "on another rank" if cause is None else f"{type(cause).__name__}: {_first_lines(str(cause))}"
-            self._give_up(f"engine {self.engine!r} cannot compile the step: {why}", CompileError, cause)
+        why = _told_by_ranks(None if cause is None else _describe(cause), hyper, call.device)
+        if traced is None or why is not None:
+            try:
+                self._give_up(f"engine {self.engine!r} cannot compile the step: {why}", CompileError, cause)
+            finally:
+                # the error holds this frame, which would hold it, and with it all that its frames hold
+                del cause
             return None
-        self._entries[call.key] = entry
-        return entry
-
-    def _build(self, call: Call) -> _Entry:
-        with self._stage("tracing the step") as seconds:
-            traced = trace(call)
         self.trace_seconds += seconds()
         self.nodes = len(traced.graph.graph.nodes)
         self.say(f"compile: traced in {seconds():.0f} s, {self.nodes:,} nodes")
+        return traced
+
+    def _attempt(self, what: str, hyper: Hyper, work: Callable[..., T], *arguments: Any) -> T | None:
+        """What may fail, or None: then the steps are eager.  In a group an error of one rank ends them all."""
+        try:
+            return work(*arguments)
+        except RankLostError:
+            raise
+        except Exception as error:
+            text = f"engine {self.engine!r} cannot {what} the step: {_describe(error)}"
+            if hyper.network.group is not None:
+                # the others may be in a sum of the step, which would take a verdict for this rank's part of it
+                raise CompileError(f"{text}; with the option compile off the step is eager") from error
+            self._give_up(text, CompileError, error)
+        return None
+
+    def _build(self, traced: Traced, call: Call) -> Compiled:
         with self._stage(f"compiling the step ({self.engine})") as seconds:
-            compiled = ENGINES[self.engine](traced.graph, call.values)
+            earlier = [entry.compiled for entry in self._entries.values()]
+            compiled = ENGINES[self.engine](traced.graph, call.values, earlier)
         self.compile_seconds += seconds()
         where = f", cached in {cache_folder()}" if self.engine == "inductor" else ""
         self.say(f"compile: engine {self.engine!r} ready in {seconds():.0f} s{where}")
-        return _Entry(traced, compiled)
+        return compiled
 
-    def _check(self, entry: _Entry, call: Call, expected: StepResult, hyper: Hyper) -> None:
-        """Compare the first batch of a graph; one whose eager gradient is not finite tells nothing and is passed by."""
-        if not torch.stack([grad.isfinite().all() for grad in expected.grads.values()]).all():
-            return
+    def _compare(self, entry: _Entry, call: Call, expected: StepResult, hyper: Hyper) -> Agreement:
         with self._stage("checking the step against eager mode") as seconds:
             found = _run(entry, call)
             two_sided = hyper.order == 2 and hyper.mode in META_MODES
             first_order = call.at_order(1) if two_sided else None
-            agreement = compare(found, expected, first_order, hyper.autocast)
+            # sums by atomic additions and some kernels of cuDNN give other bits every time
+            repeat = call.at_order(hyper.order) if call.device.type == "cuda" else None
+            if repeat is not None and not _is_finite(repeat):
+                repeat = None
+            agreement = compare(found, expected, first_order, hyper.autocast, repeat)
         self.check_seconds += seconds()
-        self.agreements.append(agreement)
-        failed = _on_any_rank(agreement.failure is not None, hyper, call.values[0].device)
-        if failed:
-            why = agreement.failure or "on another rank"
-            self._entries.clear()
-            self._give_up(f"the compiled step is not the eager one: {why} ({agreement})", CompileMismatchError)
-        else:
-            entry.checked = True
-            self.say(f"compile: checked against eager mode: {agreement}")
+        return agreement
 
     def _no_room(self) -> None:
         text = f"{MAX_GRAPHS} layouts of the step are compiled, further ones run eagerly"
@@ -200,6 +241,8 @@ class CompiledStep:
             self.say(f"compile: {text}")
 
     def _give_up(self, text: str, error: type[RuntimeError], cause: Exception | None = None) -> None:
+        # what was captured for other layouts holds memory
+        self._entries.clear()
         if self.strict:
             raise error(text) from cause
         self.fallback = text
@@ -231,12 +274,24 @@ def _run(entry: _Entry, call: Call) -> StepResult:
         return entry.traced.result(entry.compiled(call.values))
 
 
-def _on_any_rank(verdict: bool, hyper: Hyper, device: torch.device) -> bool:
-    """Whether any rank says so: all of them must go on in the same way, or one would wait for the others for ever."""
-    if hyper.network.group is None:
-        return verdict
-    return bool(sum_over_ranks(torch.tensor(float(verdict), device=device), hyper.network.group))
+def _is_finite(result: StepResult) -> bool:
+    return bool(torch.stack([grad.isfinite().all() for grad in result.grads.values()]).all())
 
 
-def _first_lines(text: str, count: int = 3) -> str:
-    return " ".join(line.strip() for line in text.strip().splitlines()[:count])
+def _told_by_ranks(text: str | None, hyper: Hyper, device: torch.device) -> str | None:
+    """What any rank has to tell, the same on all of them, which must go on alike or one would wait for ever."""
+    group = hyper.network.group
+    if group is None:
+        return text
+    # a row of bytes for each rank, added up
+    rows = torch.zeros(torch.distributed.get_world_size(), TEXT_BYTES, dtype=torch.int32)
+    said = (text or "").encode()[:TEXT_BYTES]
+    rows[torch.distributed.get_rank(), : len(said)] = torch.tensor(list(said), dtype=torch.int32)
+    sums = sum_over_ranks(rows.to(device), group).tolist()
+    lines = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in sums]
+    return "; ".join(f"rank {rank}: {line}" for rank, line in enumerate(lines) if line) or None
+
+
+def _describe(error: Exception, lines: int = 3) -> str:
+    first = " ".join(line.strip() for line in str(error).strip().splitlines()[:lines])
+    return f"{type(error).__name__}: {first}"

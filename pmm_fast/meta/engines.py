@@ -19,12 +19,12 @@ Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 WARM_UP = 3
 
 
-def run_graph(graph: GraphModule, values: Sequence[Tensor]) -> Compiled:
+def run_graph(graph: GraphModule, values: Sequence[Tensor], earlier: Sequence[Compiled]) -> Compiled:
     """The traced operations one after the other; each intermediate is freed after its last use."""
     return lambda inputs: graph(*inputs)
 
 
-def inductor(graph: GraphModule, values: Sequence[Tensor]) -> Compiled:
+def inductor(graph: GraphModule, values: Sequence[Tensor], earlier: Sequence[Compiled]) -> Compiled:
     """Inductor's fused kernels for static shapes; its cache on disk makes a second run quick."""
     # the cache takes no graph without a shape environment, even where no shape is symbolic
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
@@ -38,17 +38,19 @@ class CudaGraph:
     """A step captured once and replayed with new values in the same places.
 
     A replay launches everything at once, so the processor's time per operation is gone.  Inputs are copied in, results
-    are copied out, and everything between lives in the graph's own memory.
+    are copied out, and everything between lives in memory set aside for it, which all layouts of a step share: they run
+    one after another on one stream, and what one leaves there is copied out before the next runs.
 
     Args:
         graph: the traced step.
         values: its inputs, all on one CUDA device.
+        earlier: what was made for other layouts of the same step, on the same device.
 
     Raises:
         RuntimeError: tensors on another device, or an operation that cannot be captured.
     """
 
-    def __init__(self, graph: GraphModule, values: Sequence[Tensor]) -> None:
+    def __init__(self, graph: GraphModule, values: Sequence[Tensor], earlier: Sequence[Compiled]) -> None:
         device = values[0].device
         if device.type != "cuda":
             raise RuntimeError(f"engine 'cuda-graph' needs tensors on a CUDA device, got {device}")
@@ -61,7 +63,10 @@ class CudaGraph:
                 for _ in range(WARM_UP):
                     graph(*self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self._graph):
+            pool = next((other._graph.pool() for other in earlier if isinstance(other, CudaGraph)), None)
+            # "thread_local": this thread alone launches what is captured, there is no autograd in it; by default the
+            # thread of a data loader that pins its memory meanwhile would end the capture, and itself
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self._outputs = graph(*self._inputs)
 
     def __call__(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -71,7 +76,8 @@ class CudaGraph:
         return [output.clone() for output in self._outputs]
 
 
-ENGINES: dict[str, Callable[[GraphModule, Sequence[Tensor]], Compiled]] = {
+# made of the traced step, its inputs, and what was made for other layouts of the same step
+ENGINES: dict[str, Callable[[GraphModule, Sequence[Tensor], Sequence[Compiled]], Compiled]] = {
     "graph": run_graph,
     "inductor": inductor,
     "cuda-graph": CudaGraph,

@@ -44,6 +44,11 @@ class Call:
     key: Hashable
     run: Callable[..., StepResult]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the step runs."""
+        return self.values[0].device
+
     def at_order(self, order: int) -> StepResult:
         """The result of the eager step of an order."""
         return self.run(*self.values, order=order)

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from pmm_fast import meta, ops
 from pmm_fast.meta import compile as compile_module
 from pmm_fast.meta import trace as trace_module
-from pmm_fast.meta.agreement import compare
 from pmm_fast.models.batchnorm import BatchNorm2d
 from pmm_fast.ops import backends
 from tests.meta.tiny import CHANNELS, CLASSES, TinySegmentor, tiny_batch, tiny_problem
@@ -279,31 +278,12 @@ def test_a_wrong_graph_is_caught(wrong, monkeypatch):
         strict(*arguments, hyper)
 
 
-def made_of(large, small):
-    """A result with two parameters."""
-    return meta.StepResult({"total": torch.ones(())}, {"large": large, "small": small}, None, {})
-
-
-def test_a_small_parameter_counts_by_itself():
-    expected = made_of(torch.tensor([1.0, 0.0]), torch.tensor([5e-5, 0.0]))
-    nearly = made_of(torch.tensor([1.0, 5e-5]), torch.tensor([5e-5, 5e-6]))
-    assert compare(nearly, expected, None, None).failure is None
-    agreement = compare(made_of(torch.tensor([1.0, 0.0]), torch.zeros(2)), expected, None, None)
-    assert agreement.error < 1e-4 and agreement.parameter == "small" and "a parameter's" in (agreement.failure or "")
-    broken = made_of(torch.tensor([1.0, 0.0]), torch.tensor([float("nan"), 0.0]))
-    assert compare(broken, expected, None, None).failure is not None
-
-
-@pytest.mark.parametrize(("share", "right"), [(0.4, False), (0.9, True), (1.1, True)])
-def test_the_second_order_term_is_looked_at_where_the_orders_are_near(share, right):
-    """Orders 1.2 tolerances apart: a gradient with half of the term is within one tolerance of either."""
-    small = torch.tensor([1e-2, 0.0])
-    expected = made_of(torch.tensor([1.0, 1.2e-4]), small)
-    agreement = compare(
-        made_of(torch.tensor([1.0, 1.2e-4 * share]), small), expected, made_of(torch.tensor([1.0, 0.0]), small), None
-    )
-    assert agreement.error < 1e-4 and agreement.told
-    assert agreement.share == pytest.approx(share, abs=1e-3) and (agreement.failure is None) == right
+def test_eager_mode_is_run_twice_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(trace_module.Call, "device", torch.device("cuda"))
+    arguments, hyper = problem(mode="mldg")
+    compiled, lines = silent(strict=True)
+    compiled(*arguments, hyper)
+    assert compiled.agreements[0].repeat == 0 and "eager mode repeats its gradient to 0.0e+00" in lines[-1]
 
 
 def test_orders_too_near_to_be_told_apart_are_said_to_be():
@@ -330,21 +310,20 @@ def test_a_batch_without_finite_gradients_checks_nothing():
         assert compiled.graphs == 1 and len(compiled.agreements) == 1
 
 
-def test_an_engine_that_fails(monkeypatch):
-    def broken(graph, values):
-        raise OSError("no C++ compiler found")
+def test_an_engine_is_given_what_it_made_before(monkeypatch):
+    given, made = [], []
 
-    monkeypatch.setitem(compile_module.ENGINES, "graph", broken)
+    def engine(graph, values, earlier):
+        given.append(list(earlier))
+        made.append(lambda inputs: graph(*inputs))
+        return made[-1]
+
+    monkeypatch.setitem(compile_module.ENGINES, "graph", engine)
     arguments, hyper = problem(mode="agg")
-    compiled, lines = silent()
-    for _ in range(2):
-        assert_same(compiled(*arguments, hyper), meta.step(*arguments, hyper), COMPILED)
-    assert len([line for line in lines if "OSError: no C++ compiler found" in line]) == 1
-    strict, _ = silent(strict=True)
-    with pytest.raises(meta.CompileError, match="engine 'graph' cannot compile the step: OSError"):
-        strict(*arguments, hyper)
-    with pytest.raises(ValueError, match="unknown engine 'gpu'; expected one of graph, inductor, cuda-graph"):
-        meta.CompiledStep("gpu")
+    compiled, _ = silent(strict=True)
+    compiled(*arguments, hyper)
+    compiled(*arguments, replace(hyper, aux_weight=0.1))
+    assert given == [[], made[:1]]
 
 
 def test_a_cuda_graph_needs_a_gpu():
@@ -383,31 +362,6 @@ def test_progress(monkeypatch):
     count = len(lines)
     compiled(*arguments, hyper)
     assert len(lines) == count
-
-
-@pytest.fixture
-def group():
-    """The name of a process group with this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield distributed.group.WORLD.group_name
-    distributed.destroy_process_group()
-
-
-def test_a_verdict_is_that_of_all_ranks(group, monkeypatch):
-    """Another rank's graph differs: this one, whose own is right, must not go on alone."""
-    arguments, hyper = problem()
-    hyper.network.group = group
-    compiled, _ = silent(strict=True)
-    for _ in range(2):
-        assert_same(compiled(*arguments, hyper), meta.step(*arguments, hyper), COMPILED)
-    assert compiled.graphs == 1
-    monkeypatch.setattr(compile_module, "sum_over_ranks", lambda x, group: x + 1)
-    for stage in ("cannot compile the step: on another rank", "is not the eager one: on another rank"):
-        compiled, lines = silent()
-        assert_same(compiled(*arguments, hyper), meta.step(*arguments, hyper), COMPILED)
-        assert stage in (compiled.fallback or "") and stage in lines[-1]
-        verdicts = iter([0.0, 1.0])
-        monkeypatch.setattr(compile_module, "sum_over_ranks", lambda x, group, verdicts=verdicts: x + next(verdicts))
 
 
 def test_choice_of_engine():
