@@ -35,6 +35,13 @@ EXACT = 1e-9
 # losses of several ranks against those of one process, which adds up in another order: float32 at the first iteration,
 # float64 after three, since the order-2 gradient of an untrained network multiplies rounding by up to a thousand
 RANKS = {torch.float32: 1e-4, torch.float64: 1e-6}
+# a step under bf16 autocast on several ranks against one process, of the norm of the gradient and of each loss: both
+# round alike, but a sum that differs in its last bit of float32 may round to the next bf16 (0.0023 measured with the
+# tiny network; float32 is 0.014 away)
+RANKS_BF16 = 1e-2
+# a step of the tiny network on a GPU, without TF32, against the one on the CPU in float64, of the norm of the gradient
+# and of each value: other kernels add up in another order (CPU float32: 1.2e-7)
+DEVICES = {torch.float32: 1e-4, torch.float64: 1e-9}
 # a compiled step against the eager one, of the norm of the gradient and of each value: an engine may add up in another
 # order, in float32 at the coarsest; a graph that runs the traced operations themselves gives the same bits
 COMPILED = 1e-4

@@ -19,8 +19,8 @@ from torch import Tensor
 from pmm_fast.ops.collective import RankLostError, sum_over_ranks
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others: more than what one may do for all, a compilation or a download, takes.  A
-process that ends is noticed at once."""
+"""How long a rank waits for the others: more than what one may do for all, a compilation or a download, takes.  With
+gloo, a process that ends is noticed at once."""
 
 
 class RankError(ValueError):

@@ -40,7 +40,7 @@ BEST_ENGINES = {"cpu": "graph", "cuda": "cuda-graph"}
 PAYS_AFTER = {"cpu": 200}
 
 
-class CompileMismatchError(RuntimeError):
+class CompileMismatchError(ValueError):
     """The compiled step computes something else than the eager one."""
 
 
@@ -240,7 +240,7 @@ class CompiledStep:
             self._full = True
             self.say(f"compile: {text}")
 
-    def _give_up(self, text: str, error: type[RuntimeError], cause: Exception | None = None) -> None:
+    def _give_up(self, text: str, error: type[ValueError], cause: Exception | None = None) -> None:
         # what was captured for other layouts holds memory
         self._entries.clear()
         if self.strict:

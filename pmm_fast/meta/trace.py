@@ -26,7 +26,7 @@ from pmm_fast.models import batchnorm, conv
 from pmm_fast.ops.backends import requested
 
 
-class CompileError(RuntimeError):
+class CompileError(ValueError):
     """A step that cannot be compiled, with the cause."""
 
 

@@ -16,7 +16,7 @@ _NAME = "sum_over_ranks"
 
 
 class RankLostError(RuntimeError):
-    """Another process of the group is gone, or did not come to a collective in time."""
+    """A sum over the ranks failed: as a rule another process is gone, or did not come in time."""
 
 
 def sum_over_ranks(x: Tensor, group: str) -> Tensor:
@@ -32,7 +32,8 @@ def sum_over_ranks(x: Tensor, group: str) -> Tensor:
         A new contiguous tensor of the shape and dtype of ``x``.
 
     Raises:
-        RankLostError: a rank is gone or did not come within the group's time.
+        RankLostError: the sum failed: a rank is gone or did not come within the group's time, or the backend cannot
+            add up these tensors.
         RuntimeError: no such group.
 
     Note:
@@ -60,7 +61,11 @@ def _sum(x: Tensor, group: str) -> Tensor:
     try:
         torch.distributed.all_reduce(total, group=processes)
     except RuntimeError as error:
-        raise RankLostError(f"another rank is gone or does not answer ({str(error).splitlines()[0]})") from error
+        # the backend raises this type for whatever goes wrong, so its own words come along
+        cause = str(error).splitlines()[0]
+        raise RankLostError(
+            f"another rank is gone or does not answer, or the backend cannot add up the ranks' tensors ({cause})"
+        ) from error
     return total
 
 
