@@ -303,7 +303,8 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.ranks.first:
-            print(text, file=sys.stderr, flush=True)
+            # above a progress bar, not in its line
+            tqdm.write(text, file=sys.stderr)
 
     def _progress(self, total: int, text: str, iterable: Iterable[Any] | None = None, initial: int = 0) -> Any:
         """A progress bar with an estimate; a line every few seconds where output is not a terminal."""
