@@ -89,6 +89,5 @@ def initialise_memory(
                 feature = hyper.network("encoder", params, buffers, batch.images, training=False)[0]
                 found = ops.masked_average_pool(feature, batch.labels, slots.shape[0])
             sums, mass = sums + found[0], mass + found[1]
-        if hyper.network.group is not None:
-            sums, mass = add_class_sums(sums, mass, hyper.network.group)
+        sums, mass = add_class_sums(sums, mass, hyper)
         return ops.update_memory(torch.zeros_like(slots), sums, mass, momentum=0.0), mass

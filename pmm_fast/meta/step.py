@@ -293,13 +293,14 @@ def _write_with_constant_encoder(adapted: State, buffers: State, memory: Tensor,
 
 def _updated(memory: Tensor, sums: Tensor, mass: Tensor, hyper: Hyper) -> Tensor:
     """The memory after an update from the class sums and masses of all ranks."""
-    if hyper.network.group is not None:
-        sums, mass = add_class_sums(sums, mass, hyper.network.group)
-    return ops.update_memory(memory, sums, mass, hyper.memory_momentum)
+    return ops.update_memory(memory, *add_class_sums(sums, mass, hyper), hyper.memory_momentum)
 
 
-def add_class_sums(sums: Tensor, mass: Tensor, group: str) -> tuple[Tensor, Tensor]:
+def add_class_sums(sums: Tensor, mass: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
     """Class sums ``[K, C]`` and masses ``[K]`` added up over the ranks, in one collective; differentiable."""
+    group = hyper.network.group
+    if group is None:
+        return sums, mass
     together = sum_over_ranks(torch.cat([sums, mass[:, None]], 1), group)
     return together[:, :-1], together[:, -1]
 

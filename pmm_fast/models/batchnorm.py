@@ -169,35 +169,12 @@ def _means(sums: Sequence[Tensor], local: int, group: str) -> tuple[list[Tensor]
     return [(value / count).to(sums[0].dtype) for value in totals], count
 
 
-@torch.library.custom_op("pmm_fast::batch_norm", mutates_args=())
-def _batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: str | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return normalise(x, weight, bias, eps, group)
-
-
-@torch.library.custom_op("pmm_fast::batch_norm_backward", mutates_args=())
-def _batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, group: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(grad, x, weight, mean, inverse, group)
-
-
-@torch.library.custom_op("pmm_fast::batch_norm_double_backward", mutates_args=())
-def _batch_norm_double_backward(
-    of_x: Tensor,
-    of_weight: Tensor,
-    of_bias: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    group: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return double_backward(of_x, of_weight, of_bias, grad, x, weight, mean, inverse, grad_weight, grad_bias, group)
+# op, fake and decomposition are one function
+_batch_norm = torch.library.custom_op("pmm_fast::batch_norm", normalise, mutates_args=())
+_batch_norm_backward = torch.library.custom_op("pmm_fast::batch_norm_backward", backward, mutates_args=())
+_batch_norm_double_backward = torch.library.custom_op(
+    "pmm_fast::batch_norm_double_backward", double_backward, mutates_args=()
+)
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -212,43 +212,10 @@ def _window(size: int, out: int, offset: int) -> tuple[slice, slice]:
     return slice(start, stop), slice(start + offset, stop + offset)
 
 
-@torch.library.custom_op("pmm_fast::conv2d", mutates_args=())
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    return convolve(x, weight, bias, stride, padding, dilation, groups)
-
-
-@torch.library.custom_op("pmm_fast::conv2d_input_gradient", mutates_args=())
-def _conv2d_input_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    like: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    return input_gradient(grad, weight, like, stride, padding, dilation, groups)
-
-
-@torch.library.custom_op("pmm_fast::conv2d_weight_gradient", mutates_args=())
-def _conv2d_weight_gradient(
-    grad: Tensor,
-    x: Tensor,
-    like: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    return weight_gradient(grad, x, like, stride, padding, dilation, groups)
+# op, fake and decomposition are one function
+_conv2d = torch.library.custom_op("pmm_fast::conv2d", convolve, mutates_args=())
+_conv2d_input_gradient = torch.library.custom_op("pmm_fast::conv2d_input_gradient", input_gradient, mutates_args=())
+_conv2d_weight_gradient = torch.library.custom_op("pmm_fast::conv2d_weight_gradient", weight_gradient, mutates_args=())
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

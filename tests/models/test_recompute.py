@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from bench.harness import cpu_peak
 from pmm_fast import meta
 from pmm_fast.models import build_model
 from pmm_fast.models.blocks import conv_bn_relu
@@ -114,21 +114,10 @@ def test_step_in_mixed_precision_rounds_alike() -> None:
     assert (again - plain).norm() < 0.1 * (plain - exact).norm()
 
 
-def peak(call) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    balance = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        balance += event.nbytes()
-        most = max(most, balance)
-    return most
-
-
 @pytest.mark.parametrize("order", [1, 2])
 def test_peak_memory_falls(order: int) -> None:
     found = []
     for checkpoint in (False, True):
         arguments = problem("deeplabv3plus_mobilenet_v2", order, torch.bfloat16, 160, checkpoint)
-        found.append(peak(lambda arguments=arguments: meta.step(*arguments)))
+        found.append(cpu_peak(lambda arguments=arguments: meta.step(*arguments))[0])
     assert found[1] < 0.8 * found[0], found
