@@ -26,7 +26,11 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class DomainConfig:
     """One labelled image folder.  ``{split}`` in a path is replaced by ``train`` or ``val``."""
 
-    root: str = option("", "folder of the domain, absolute or below data.root")
+    root: str = option("", "folder of the domain, absolute or below data.root; may be empty with `dataset`")
+    dataset: str = option(
+        "",
+        "read it as this data set (gtav, gtav:official, synthia, ...): its layout is recognised, only root counts",
+    )
     images: str = option("images", "folder of the images below root")
     labels: str = option("labels", "folder of the labels below root")
     list_file: str | None = option(
@@ -34,8 +38,10 @@ class DomainConfig:
     )
     image_suffix: str = option("", "what an image's stem carries beyond the shared name, e.g. _leftImg8bit")
     label_suffix: str = option("", "what a label's stem carries beyond the shared name, e.g. _gtFine_labelTrainIds")
-    label_format: Literal["ids", "colours"] = option(
-        "ids", "ids: one 8-bit channel of train ids; colours: RGB or palette PNG in the label space's colours"
+    label_format: Literal["ids", "ids16", "colours", "polygons"] = option(
+        "ids",
+        "ids: one 8-bit channel; ids16: 16-bit PNG, ids in its first channel; colours: RGB or palette PNG in the label "
+        "space's colours; polygons: IDD's JSON",
     )
     label_space: str = option("", "label space of the files; default: data.label_space")
 
@@ -51,6 +57,7 @@ class DataConfig:
         "domains to train on: names from data.domains, streets/NAME (generated), or a folder with images/ and labels/",
     )
     unseen: list[str] = option(["streets/night", "streets/fog"], "domains never trained on, for evaluation only")
+    leave_out: str = option("", "one of the sources: train on the others, and let it alone be unseen")
     domains: dict[str, DomainConfig] = option(dict, "definitions of named domains (YAML only)", cli=False)
     crop: list[int] = option([768, 768], "training crop, height width in pixels")
     batch_per_domain: int = option(4, "images of each source domain in one iteration")
@@ -61,7 +68,13 @@ class DataConfig:
     strong_domains: list[int] = option(
         [], "positions in data.sources that always get the strong jitter (0.8, 0.8, 0.8, 0.3)"
     )
-    workers: int = option(2, "data loading processes")
+    strong_meta_test: bool = option(
+        False, "the meta-test domains of each iteration get the strong jitter, besides strong_domains"
+    )
+    loader: Literal["auto", "dali", "torch"] = option(
+        "auto", "auto: DALI where it is installed, else torch; both give the same crops"
+    )
+    workers: int = option(2, "loading processes (torch) or threads (DALI)")
     streets_images: int = option(160, "generated training images a domain")
     streets_size: list[int] = option([256, 512], "generated image size, height width in pixels")
     cache: str = option("", "folder of the generated streets; default: ~/.cache/pmm_fast")

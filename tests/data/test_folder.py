@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pmm_fast.config.schema import DataConfig, DomainConfig
-from pmm_fast.data.folder import LISTS, DataError, open_domain
+from pmm_fast.data.folder import DataError, open_domain
 from pmm_fast.data.labels import IGNORE, colourise, get_space, mapping
+from pmm_fast.data.split_lists import LISTS
 
 # KITTI and IDD-Lite, not shipped: their licences do not allow it
 REAL = Path(os.environ.get("PMM_FAST_TEST_DATA", Path(__file__).parents[2].parent / "shared/data"))
@@ -225,7 +226,9 @@ def test_wrong_options(tmp_path: Path) -> None:
     root = make(tmp_path / "set")
     with pytest.raises(DataError, match=r"list_file: no file .*kitti_semantic_train.txt.*mean 'kitti_semantics_train"):
         open_domain("d", config(root, list_file="kitti_semantic_train.txt"), "train")
-    with pytest.raises(DataError, match=r"data.domains.d.label_format: expected ids or colours, got 'rgb'"):
+    with pytest.raises(
+        DataError, match=r"data.domains.d.label_format: expected ids, ids16, colours or polygons, got 'rgb'"
+    ):
         open_domain("d", config(root, label_format="rgb"), "train")
     with pytest.raises(ValueError, match=r"'idd_lite7' .* cannot be mapped to 'cityscapes19'"):
         cfg = DataConfig(domains={"d": DomainConfig(root=str(root), label_space="idd_lite7")})
