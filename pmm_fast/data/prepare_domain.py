@@ -1,0 +1,254 @@
+"""Converting a domain once to a folder that reads fast and needs no description: see ``prepare_domain``.
+
+A folder is made as ``NAME.partial`` and gets its name when it is complete.  In it ``options.json`` says what it was
+begun with, and ``prepared.json``, written last, what it holds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pmm_fast.config.schema import DataConfig
+from pmm_fast.data.convert_files import Images, PairWriter, remove_parts, write_whole
+from pmm_fast.data.datasets import get_dataset
+from pmm_fast.data.files import DataError
+from pmm_fast.data.listing import PREPARED, Listing, Split, list_domain
+from pmm_fast.data.parallel import for_each
+from pmm_fast.data.survey import Fault, listing_faults, restrict, root_of, sound_keys
+
+FORMAT = 1
+OPTIONS = "options.json"
+PARTIAL = ".partial"
+
+# what is said to differ, by its key in options.json
+_OPTIONS = {
+    "name": "--domains",
+    "label_space": "--label-space",
+    "splits": "--splits",
+    "images": "--images",
+    "quality": "--quality",
+    "dataset": "--domains",
+    "variant": "--domains",
+    "source": "--root",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is made of a domain.
+
+    Attributes:
+        label_space: of the written labels.
+        splits: which of ``train`` and ``val``.
+        images: what is done with images, see ``PairWriter``.
+        quality: of ``jpeg``.
+    """
+
+    label_space: str
+    splits: tuple[Split, ...]
+    images: Images
+    quality: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a domain.
+
+    Attributes:
+        folder: where it is, ``NAME.partial`` if it is not complete.
+        counts: images in it, by split.
+        faults: what is wrong with the originals.
+        complete: it can be read.
+        written: pairs that were written by this call.
+    """
+
+    folder: Path
+    counts: dict[str, int]
+    faults: list[Fault]
+    complete: bool
+    written: int
+
+
+def list_splits(name: str, root: str, settings: Settings) -> dict[str, Listing]:
+    """Find a domain.
+
+    Args:
+        name: of a data set (``gtav``, ``gtav:all``), of a generated domain, or a folder.
+        root: folder below which data sets and relative folders lie.
+        settings: which splits, and the label space to learn.
+
+    Raises:
+        DataError: it, or one of its splits, is not there.
+    """
+    config = DataConfig(root=root, label_space=settings.label_space)
+    return {split: list_domain(name, config, split) for split in settings.splits}
+
+
+def folder_name(listing: Listing) -> str:
+    """The name of the folder that a domain is written to: that of the data set without its variant, else of its own
+    folder."""
+    return get_dataset(listing.dataset)[0].name if listing.dataset else Path(listing.name).name
+
+
+def check_target(folder: Path, listings: Mapping[str, Listing]) -> None:
+    """Refuse to write where originals are.
+
+    Raises:
+        DataError: the folder is that of the originals, or lies in it, or around it.
+    """
+    target = folder.resolve()
+    for listing in listings.values():
+        for original in (root_of(listing), listing.image_root, listing.label_root):
+            source = original.resolve()
+            if target == source or source in target.parents or target in source.parents:
+                raise DataError(
+                    f"--out: {folder} would mix with the originals of {listing.name} in {original}; "
+                    "choose a folder outside"
+                )
+
+
+def prepare_domain(
+    listings: Mapping[str, Listing], out: Path, settings: Settings, workers: int, skip_faulty: bool
+) -> Result:
+    """Write ``OUT/NAME`` with ``images/SPLIT`` and ``labels/SPLIT``, or what is missing of it.
+
+    Args:
+        listings: the domain, by split.
+        out: folder of the prepared domains.
+        settings: what is made of it.
+        workers: processes.
+        skip_faulty: leave faulty pairs out; otherwise a domain that has some is not completed.
+
+    Raises:
+        DataError: the folder was begun with other options, or is none that was made here, or another run is at it.
+        OSError: it cannot be written.
+    """
+    folder = out / folder_name(next(iter(listings.values())))
+    check_target(folder, listings)
+    options = _options(folder.name, listings, settings)
+    partial = folder.with_name(folder.name + PARTIAL)
+    if folder.exists():
+        _compare(folder, options)
+        known = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+        skipped = [Fault(**fault) for fault in known["skipped"]]
+        if not any(_missing(writer) for writer in _writers(listings, folder, settings, skipped).values()):
+            return Result(folder, known["counts"], skipped, True, 0)
+        # from here on it is not complete
+        (folder / PREPARED).unlink()
+        os.replace(folder, partial)
+    elif partial.exists() and any(partial.iterdir()):
+        _compare(partial, options)
+    else:
+        partial.mkdir(parents=True, exist_ok=True)
+        _write_json(partial / OPTIONS, options)
+    with _alone(partial):
+        return _fill(partial, folder, listings, options, settings, workers, skip_faulty)
+
+
+def _fill(
+    partial: Path,
+    folder: Path,
+    listings: Mapping[str, Listing],
+    options: dict[str, Any],
+    settings: Settings,
+    workers: int,
+    skip_faulty: bool,
+) -> Result:
+    remove_parts(partial)
+    faults = [fault for listing in listings.values() for fault in listing_faults(listing)]
+    written = 0
+    for split, writer in _writers(listings, partial, settings, faults).items():
+        missing = _missing(writer)
+        results = for_each(writer, missing, workers, f"{folder.name} {split}")
+        found = [fault for _, result in results for fault in result]
+        written += len(missing) - len({fault.name for fault in found})
+        faults += found
+    counts = {split: len(sound_keys(listing, faults)) for split, listing in listings.items()}
+    if faults and not skip_faulty:
+        return Result(partial, counts, faults, False, written)
+    if empty := [split for split, count in counts.items() if not count]:
+        raise DataError(f"{folder.name}: no sound pair in {', '.join(empty)}")
+    content = {
+        **options,
+        "lists": {split: Path(listing.list_name).name for split, listing in listings.items()},
+        "counts": counts,
+        "left_out": {split: list(listing.left_out) for split, listing in listings.items()},
+        "skipped": [asdict(fault) for fault in faults],
+    }
+    _write_json(partial / PREPARED, content)
+    os.replace(partial, folder)
+    return Result(folder, counts, faults, True, written)
+
+
+def _writers(
+    listings: Mapping[str, Listing], folder: Path, settings: Settings, faults: list[Fault]
+) -> dict[str, PairWriter]:
+    """The writer of each split, for every pair that no fault is about."""
+    writers = {}
+    for split, listing in listings.items():
+        keys = sound_keys(listing, faults)
+        if keys:
+            domain = restrict(listing, keys)
+            writers[split] = PairWriter(domain, split, keys, folder, settings.images, settings.quality)
+    return writers
+
+
+def _missing(writer: PairWriter) -> list[int]:
+    return [index for index in range(len(writer.keys)) if not writer.done(index)]
+
+
+def _options(name: str, listings: Mapping[str, Listing], settings: Settings) -> dict[str, Any]:
+    """What decides about the content of the folder; another call must agree in all of it."""
+    first = next(iter(listings.values()))
+    dataset, _, variant = first.dataset.partition(":")
+    return {
+        "format": FORMAT,
+        "name": name,
+        "dataset": dataset,
+        "variant": variant,
+        "layout": first.layout,
+        "label_space": settings.label_space,
+        "splits": list(settings.splits),
+        "images": settings.images,
+        "quality": settings.quality if settings.images == "jpeg" else None,
+        "source": str(root_of(first).resolve()),
+    }
+
+
+def _compare(folder: Path, options: dict[str, Any]) -> None:
+    path = folder / OPTIONS
+    if not path.is_file():
+        raise DataError(f"--out: {folder} exists and was not made by this program (there is no {OPTIONS} in it)")
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    differing = [
+        f"{_OPTIONS.get(key, key)} {begun.get(key)!r}, now {value!r}"
+        for key, value in options.items()
+        if begun.get(key) != value
+    ]
+    if differing:
+        raise DataError(
+            f"{folder} was begun with {'; '.join(differing)}: give the same again, choose another --out, or delete it"
+        )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second run; the system lets go of it however this one ends."""
+    with open(folder / OPTIONS, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another run is writing {folder}") from None
+        yield
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
