@@ -9,7 +9,7 @@ import torch
 
 from pmm_fast import doctor, ops
 from pmm_fast.ops import backends, extension
-from pmm_fast.ops.cpu import memory_read
+from pmm_fast.ops.cpu import memory_read, photometric
 
 NEEDS_CPU = pytest.mark.skipif(extension.missing("_C") is not None, reason=str(extension.missing("_C")))
 
@@ -41,6 +41,20 @@ def test_a_wrong_kernel_is_reported(capsys, monkeypatch):
     printed = capsys.readouterr()
     assert stopped.value.code == 1 and "wrong results: cpu memory_read;" in printed.err
     assert "cpu memory_read" in printed.out and "WRONG" in printed.out
+
+
+@NEEDS_CPU
+def test_wrong_colours_are_reported(monkeypatch):
+    forward = photometric.forward
+
+    def wrong(*arguments):
+        forward(*arguments)
+        arguments[-1].copy_(arguments[-1].roll(1, -1))
+
+    monkeypatch.setattr(backends, "BACKENDS", ("cpu", "reference"))
+    assert doctor.collect()["checks"]["cpu photometric"]["right"]
+    monkeypatch.setattr(photometric, "forward", wrong)
+    assert not doctor.collect()["checks"]["cpu photometric"]["right"]
 
 
 @NEEDS_CPU

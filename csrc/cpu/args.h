@@ -65,6 +65,30 @@ struct LossArgs {
   void* workspace = nullptr;
 };
 
+// photometric; N images of h x w pixels.
+struct PhotometricArgs {
+  int64_t batch = 0, height = 0, width = 0;
+  int64_t radius = 0;  // the largest of all looks, at most kMaxRadius
+  int threads = 1;
+  Map images;                                      // uint8 [N, 3, h, w]
+  const float* looks = nullptr;                    // [N, 9] contiguous
+  const float *scale = nullptr, *shift = nullptr;  // of each channel: result = level * scale - shift
+  float* out = nullptr;                            // [N, 3, h, w] contiguous
+  void* workspace = nullptr;
+};
+
+constexpr int64_t kMaxRadius = 32;
+
+// resized_crop of one image, by one thread; sizes and places in pixels.
+struct CropArgs {
+  const uint8_t* part = nullptr;  // what is at hand of the image, [part_height, part_width, 3], rows part_stride apart
+  int64_t part_stride = 0, part_left = 0, part_top = 0, part_width = 0, part_height = 0;
+  int64_t image_width = 0, image_height = 0, scaled_width = 0, scaled_height = 0;
+  int64_t left = 0, top = 0, width = 0, height = 0;  // the crop in the scaled image
+  bool mirror = false;
+  uint8_t* out = nullptr;  // [height, width, 3]
+};
+
 // One instruction set's kernels.  `run` returns false when a label was neither a class nor ignored.
 struct Kernels {
   const char* name;
@@ -72,6 +96,9 @@ struct Kernels {
   bool (*pass)(const PassArgs&);
   int64_t (*loss_workspace)(const LossArgs&);
   bool (*loss)(const LossArgs&);
+  int64_t (*photometric_workspace)(const PhotometricArgs&);
+  void (*photometric)(const PhotometricArgs&);
+  void (*resized_crop)(const CropArgs&);
 };
 
 }  // namespace pmm

@@ -12,12 +12,20 @@ namespace py = pybind11;
 
 namespace pmm {
 
-#define PMM_DECLARE(ISA)                         \
-  namespace ISA {                                \
-  int64_t pass_workspace(const PassArgs&);       \
-  bool pass(const PassArgs&);                    \
-  int64_t loss_workspace(const LossArgs&);       \
-  bool loss(const LossArgs&);                    \
+#define PMM_DECLARE(ISA)                                 \
+  namespace ISA {                                        \
+  int64_t pass_workspace(const PassArgs&);               \
+  bool pass(const PassArgs&);                            \
+  int64_t loss_workspace(const LossArgs&);               \
+  bool loss(const LossArgs&);                            \
+  int64_t photometric_workspace(const PhotometricArgs&); \
+  void photometric(const PhotometricArgs&);              \
+  void resized_crop(const CropArgs&);                    \
+  }
+#define PMM_KERNELS(ISA)                                                                   \
+  {                                                                                        \
+    #ISA, ISA::pass_workspace, ISA::pass, ISA::loss_workspace, ISA::loss,                  \
+        ISA::photometric_workspace, ISA::photometric, ISA::resized_crop                    \
   }
 PMM_DECLARE(portable)
 #if defined(__x86_64__)
@@ -33,11 +41,11 @@ std::vector<Kernels> supported() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", avx512::pass_workspace, avx512::pass, avx512::loss_workspace, avx512::loss});
+    found.push_back(PMM_KERNELS(avx512));
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back({"avx2", avx2::pass_workspace, avx2::pass, avx2::loss_workspace, avx2::loss});
+    found.push_back(PMM_KERNELS(avx2));
 #endif
-  found.push_back({"portable", portable::pass_workspace, portable::pass, portable::loss_workspace, portable::loss});
+  found.push_back(PMM_KERNELS(portable));
   return found;
 }
 
@@ -147,8 +155,33 @@ LossArgs loss_args(const py::kwargs& given) {
   return a;
 }
 
-template <class Args>
-bool without_lock(bool (*kernel)(const Args&), const Args& args) {
+PhotometricArgs photometric_args(const py::kwargs& given) {
+  PhotometricArgs a;
+  Fields f(given);
+  f.number("batch", a.batch), f.number("height", a.height), f.number("width", a.width);
+  f.number("radius", a.radius), f.number("threads", a.threads);
+  f.map("images", a.images), f.address("looks", a.looks), f.address("scale", a.scale), f.address("shift", a.shift);
+  f.address("out", a.out), f.address("workspace", a.workspace);
+  f.finish();
+  return a;
+}
+
+CropArgs crop_args(const py::kwargs& given) {
+  CropArgs a;
+  Fields f(given);
+  f.address("part", a.part), f.number("part_stride", a.part_stride);
+  f.number("part_left", a.part_left), f.number("part_top", a.part_top);
+  f.number("part_width", a.part_width), f.number("part_height", a.part_height);
+  f.number("image_width", a.image_width), f.number("image_height", a.image_height);
+  f.number("scaled_width", a.scaled_width), f.number("scaled_height", a.scaled_height);
+  f.number("left", a.left), f.number("top", a.top), f.number("width", a.width), f.number("height", a.height);
+  f.number("mirror", a.mirror), f.address("out", a.out);
+  f.finish();
+  return a;
+}
+
+template <class Args, class Result>
+Result without_lock(Result (*kernel)(const Args&), const Args& args) {
   py::gil_scoped_release unlocked;
   return kernel(args);
 }
@@ -171,4 +204,11 @@ PYBIND11_MODULE(_C, module) {
              "Bytes of scratch memory that upsample_cross_entropy needs for these arguments.");
   module.def("upsample_cross_entropy", [](py::kwargs given) { return without_lock(active().loss, loss_args(given)); },
              "upsample_cross_entropy in any order; False for a label out of range.");
+  module.def("photometric_workspace",
+             [](py::kwargs given) { return active().photometric_workspace(photometric_args(given)); },
+             "Bytes of scratch memory that photometric needs for these arguments.");
+  module.def("photometric",
+             [](py::kwargs given) { without_lock(active().photometric, photometric_args(given)); }, "photometric.");
+  module.def("resized_crop", [](py::kwargs given) { without_lock(active().resized_crop, crop_args(given)); },
+             "resized_crop.");
 }

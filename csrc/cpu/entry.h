@@ -13,5 +13,8 @@ int64_t pass_workspace(const PassArgs&);
 bool pass(const PassArgs&);
 int64_t loss_workspace(const LossArgs&);
 bool loss(const LossArgs&);
+int64_t photometric_workspace(const PhotometricArgs&);
+void photometric(const PhotometricArgs&);
+void resized_crop(const CropArgs&);
 
 }  // namespace pmm::PMM_ISA

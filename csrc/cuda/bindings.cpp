@@ -1,7 +1,10 @@
 // pmm_fast._CUDA: the CUDA kernels for Python.  Addresses are integers, an absent tensor is 0 or None; a map is
 // (address, type, batch stride, channel stride, position stride).  Knows no torch, and imports without a GPU.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <tuple>
 
 #include "operators.h"
@@ -14,6 +17,7 @@ using pmm::Call;
 using pmm::Labels;
 using pmm::Map;
 using pmm::Order;
+using pmm::Photometric;
 using pmm::Upsample;
 using pmm::Workspace;
 
@@ -51,6 +55,15 @@ void address(Bound& bound, const char* name, Pointer Owner::* field) {
     bound.def_property(
         name, [](const Owner&) { return py::none(); },
         [field](Owner& call, std::uintptr_t value) { call.*field = reinterpret_cast<Pointer>(value); });
+}
+
+template <class Bound, class Owner, class T, std::size_t size>
+void array(Bound& bound, const char* name, T (Owner::*field)[size]) {
+    bound.def_property(
+        name, [](const Owner&) { return py::none(); },
+        [field](Owner& call, const std::array<T, size>& value) {
+            std::copy(value.begin(), value.end(), call.*field);
+        });
 }
 
 template <class Bound, class Owner>
@@ -112,6 +125,24 @@ void bind_upsample(py::module_& module) {
     address(call, "out_loss", &Upsample::out_loss);
 }
 
+void bind_photometric(py::module_& module) {
+    py::class_<Photometric> call(module, "Photometric", "One call of photometric; fields as in operators.h.");
+    call.def(py::init<>());
+    call.def_readwrite("batch", &Photometric::batch).def_readwrite("height", &Photometric::height);
+    call.def_readwrite("width", &Photometric::width).def_readwrite("radius", &Photometric::radius);
+    call.def_readwrite("contrast", &Photometric::contrast);
+    array(call, "strides", &Photometric::strides);
+    array(call, "scale", &Photometric::scale);
+    array(call, "shift", &Photometric::shift);
+    address(call, "images", &Photometric::images);
+    address(call, "looks", &Photometric::looks);
+    address(call, "out", &Photometric::out);
+    address(call, "workspace", &Photometric::workspace);
+    address(call, "stream", &Photometric::stream);
+    module.def("photometric", pmm::photometric);
+    module.def("photometric_workspace", pmm::photometric_workspace);
+}
+
 template <class Owner>
 void bind_operator(py::module_& module, const char* name, void (*run)(Order, const Owner&),
                    Workspace (*workspace)(Order, const Owner&)) {
@@ -143,6 +174,7 @@ PYBIND11_MODULE(_CUDA, module) {
     module.doc() = "CUDA kernels of pmm_fast; orders: 0 forward, 1 backward, 2 double backward.";
     bind_call(module);
     bind_upsample(module);
+    bind_photometric(module);
     bind_operator<Call>(module, "masked_average_pool", pmm::masked_average_pool, pmm::masked_average_pool_workspace);
     bind_operator<Call>(module, "memory_read", pmm::memory_read, pmm::memory_read_workspace);
     bind_operator<Call>(module, "memory_pass", pmm::memory_pass, pmm::memory_pass_workspace);

@@ -116,6 +116,30 @@ struct Upsample {
 Workspace upsample_cross_entropy_workspace(Order order, const Upsample& call);
 void upsample_cross_entropy(Order order, const Upsample& call);
 
+// One call of photometric; images [N, 3, h, w] with strides in bytes, looks [N, 9] and out [N, 3, h, w] contiguous.
+struct Photometric {
+    std::int64_t batch = 0;
+    int height = 0;
+    int width = 0;
+    const unsigned char* images = nullptr;
+    std::int64_t strides[4] = {0, 0, 0, 0};
+    const float* looks = nullptr;
+    float scale[3] = {0, 0, 0};  // result = level * scale - shift
+    float shift[3] = {0, 0, 0};
+    int radius = 0;         // no look has a larger one
+    bool contrast = false;  // whether any look may have it
+    float* out = nullptr;
+    void* workspace = nullptr;
+    void* stream = nullptr;
+};
+
+constexpr int kMaxRadius = 32;
+
+// in bytes
+std::int64_t photometric_workspace(const Photometric& call);
+// throws std::runtime_error with operator and shape when a launch fails
+void photometric(const Photometric& call);
+
 inline const char* order_name(Order order) {
     constexpr const char* names[] = {"forward", "backward", "double backward"};
     return names[static_cast<int>(order)];

@@ -24,7 +24,9 @@ from torch import Tensor
 from pmm_fast.ops import extension
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
-OPERATORS = ("masked_average_pool", "memory_read", "memory_pass", "upsample_cross_entropy")
+OPERATORS = ("masked_average_pool", "memory_read", "memory_pass", "upsample_cross_entropy", "photometric")
+# arguments, by place, that may be on the CPU whatever device the call is for
+HOST_ARGUMENTS = {"photometric": (1,)}
 
 _chosen: ContextVar[str | None] = ContextVar("pmm_fast_backend", default=None)
 _calls: ContextVar[list[tuple[str, str]] | None] = ContextVar("pmm_fast_backend_calls", default=None)
@@ -134,7 +136,9 @@ def available_backends(operator: str) -> list[str]:
 
 def _refusals(operator: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     """Backend name to the reason it cannot take this call (None: it can), best backend first."""
-    devices = dict.fromkeys(str(arg.device) for arg in args if isinstance(arg, Tensor))
+    host = [args[place] for place in HOST_ARGUMENTS.get(operator, ()) if args[place].device.type == "cpu"]
+    tensors = (arg for arg in args if isinstance(arg, Tensor) and not any(arg is other for other in host))
+    devices = dict.fromkeys(str(arg.device) for arg in tensors)
     if len(devices) > 1:
         raise ValueError(f"{operator}: all tensors must be on one device, got {', '.join(devices)}")
     reasons: dict[str, str | None] = {}

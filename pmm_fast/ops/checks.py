@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -92,6 +94,23 @@ def check_values(operator: str, values: Tensor | None, slots: int) -> None:
         raise ValueError(f"{operator}: values must be [K, D] with K = {slots}, got shape {tuple(values.shape)}")
     if values.dtype not in _FLOATS:
         raise ValueError(f"{operator}: values must be floating point, got {values.dtype}")
+
+
+def check_images(operator: str, images: Tensor) -> None:
+    """8-bit RGB images ``[N, 3, h, w]``."""
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"{operator}: images must be [N, 3, h, w], got shape {tuple(images.shape)}")
+    if images.dtype != torch.uint8:
+        raise ValueError(f"{operator}: images must be uint8, got {images.dtype}")
+
+
+def check_statistics(operator: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Mean and standard deviation of three channels."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3 or not all(map(math.isfinite, values)):
+            raise ValueError(f"{operator}: {name} must be three numbers, got {tuple(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"{operator}: std must be positive, got {tuple(std)}")
 
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -196,6 +196,12 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
     return mask;
 }
 
+// rounded by itself: not fused with a sum that follows, also where g++ would
+inline float __fmul_rn(float a, float b) {
+    volatile float product = a * b;
+    return product;
+}
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((std::uint64_t(a) * b) >> 32); }
 

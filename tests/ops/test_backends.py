@@ -14,6 +14,8 @@ def run_all(inputs):
     ops.memory_read(inputs.features, inputs.memory)
     ops.memory_pass(inputs.features, inputs.written, inputs.labels, inputs.memory)
     ops.upsample_cross_entropy(inputs.features[:, :4], inputs.labels)
+    images, looks = torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([[0.0, 1, 2, 3, 1, 1, 1, 0, 0]])
+    ops.photometric(images, looks, (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from pmm_fast.ops import cuda
 from tests.cuda import build
 from tests.ops import matrix
 from tests.ops.inputs import make_inputs
+from tests.ops.looks import NOTHING, ORDERS, assert_rendered, photometric, random_images, random_looks
 from tests.ops.matrix import CASES, FEW
 
 EMULATED = matrix.Target("cuda", "cpu")
@@ -202,6 +203,36 @@ def test_one_tensor_is_one_walk(gpu):
     assert counts == [3, 4]
 
 
+# threads in either order; the largest radius takes 54 KiB of a block's shared memory
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, last, sliced, transposed], ids=lambda f: f.__name__)
+def test_looks(gpu, layout, descending):
+    gpu.set_emulation(*USUAL[:2], descending)
+    images, looks = random_images(len(ORDERS), (13, 31)), random_looks(ORDERS, (0.0, 0.15, 0.7, 1.3))
+    with matrix.on(EMULATED, "photometric"), matrix.poisoned():
+        found = photometric(layout(images), looks)
+    assert_rendered(found, images, looks)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (70, 1), (33, 129), (65, 64)], ids=str)
+def test_looks_in_tiles(gpu, size):
+    images, looks = random_images(3, size), random_looks(ORDERS[7::6], (8.1, 0.0, 1.3))
+    with matrix.on(EMULATED, "photometric"):
+        found = photometric(images, looks)
+    assert_rendered(found, images, looks)
+
+
+def test_looks_take_no_more_launches_than_they_need(gpu):
+    """The sums that contrast needs are a launch of their own, the taps another, and all the rest is one."""
+    images, counts = random_images(1, (5, 6)), []
+    for look in ([0, 1, 2, 3, 1.2, 0.8, 1.1, 5, 0.7], NOTHING):
+        before = gpu.launches()
+        with matrix.on(EMULATED, "photometric"):
+            photometric(images, torch.tensor([look], dtype=torch.float32))
+        counts.append(gpu.launches() - before)
+    assert counts == [3, 2]
+
+
 def test_matrices_are_padded_and_aligned(gpu):
     call = cuda.memory_call(torch.zeros(1, 3, 2, 2), 2)
     call.matrix("keys", torch.zeros(7)[1:].view(2, 3))
@@ -249,4 +280,5 @@ def test_the_module_imports_without_a_gpu(built):
     run = subprocess.run([sys.executable, "-c", code, str(library.parent)], capture_output=True, text=True, check=True)
     names = set(run.stdout.split())
     operators = {name for case in CASES.values() for name in (case.operator, f"{case.operator}_workspace")}
-    assert operators | {"Call", "Upsample"} <= names and "set_emulation" not in names
+    operators |= {"photometric", "photometric_workspace"}
+    assert operators | {"Call", "Upsample", "Photometric"} <= names and "set_emulation" not in names

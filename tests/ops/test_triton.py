@@ -182,7 +182,9 @@ def test_compiles_for_a_gpu(dtype):
     assert run.returncode == 0, run.stderr[-4000:]
     compiled = re.findall(r"^(\w+): (\w+)", run.stdout, re.M)
     kernels = {"forward_kernel", "backward_kernel", "double_backward_kernel", "finish_kernel"}
-    assert {name for _, name in compiled} == kernels and len(compiled) == (13 if dtype == "float32" else 9), run.stdout
+    if dtype == "float32":
+        kernels |= {"grey_kernel", "change_kernel", "down_kernel", "across_kernel"}
+    assert {name for _, name in compiled} == kernels and len(compiled) == (18 if dtype == "float32" else 9), run.stdout
 
 
 def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], capability: int) -> str:
@@ -208,7 +210,7 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, A
 
 def compile_all(dtype: torch.dtype, capability: int) -> None:
     """Compile the kernels of every operator at a small size with 64 channels and 19 classes."""
-    from pmm_fast.kernels import masked_average_pool, memory_pass, memory_read, upsample_cross_entropy
+    from pmm_fast.kernels import masked_average_pool, memory_pass, memory_read, photometric, upsample_cross_entropy
     from triton.runtime.jit import KernelInterface
 
     name = ""
@@ -240,6 +242,11 @@ def compile_all(dtype: torch.dtype, capability: int) -> None:
     if dtype == torch.float32:
         upsample_cross_entropy.backward(one, x, labels, one, 255, True)
     upsample_cross_entropy.double_backward(x, one, x, labels, one, 255, False)
+    if dtype == torch.float32:
+        name = "photometric"
+        images, looks = torch.empty(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 9)
+        for radius, contrast in ((5, True), (0, False)):
+            photometric.forward(images, looks, (1.0,) * 3, (0.0,) * 3, radius, contrast, torch.empty(images.shape))
 
 
 if __name__ == "__main__":
