@@ -40,10 +40,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every case, instead of the most telling ones")
     sizes = sorted({case.size.split("/")[0] for case in C.all_cases()})
+    operators = list(dict.fromkeys(case.op for case in C.all_cases()))
     filters = parser.add_argument_group("filters (all cases that match, instead of the most telling ones)")
-    filters.add_argument(
-        "--op", nargs="+", metavar="OP", choices=backends.OPERATORS, help=", ".join(backends.OPERATORS)
-    )
+    filters.add_argument("--op", nargs="+", metavar="OP", choices=operators, help=", ".join(operators))
     filters.add_argument("--size", nargs="+", help=f"{', '.join(sizes)}, or one case as the table names it: paper/192")
     filters.add_argument("--dtype", nargs="+", choices=[*C.DTYPES], help=", ".join(C.DTYPES))
     names = (*KERNELS, *C.BASELINES)

@@ -58,6 +58,7 @@ def tiny_config(root: Path, out: Path, options: Mapping[str, Any] | None = None)
         "data.scale": [0.75, 1.5],
         "data.batch_per_domain": 2,
         "data.workers": 0,
+        "data.loader": "torch",
         "model.architecture": "deeplabv3plus_mobilenet_v2",
         "model.channels": 8,
         "model.weights": "none",
@@ -83,10 +84,10 @@ def train(root: Path, out: Path, options: Mapping[str, Any] | None = None) -> di
 
 
 def log_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, without the one entry that no two runs share."""
+    """The lines of a run's log, without the two entries that no two runs share."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["seconds"] > 0 for line in lines)
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    assert all(line["seconds"] > 0 and 0 <= line["data_wait"] <= 1 for line in lines)
+    return [{key: value for key, value in line.items() if key not in ("seconds", "data_wait")} for line in lines]
 
 
 def same(first: Any, second: Any) -> bool:

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"models", "ops"},
     "meta": {"models", "ops"},
     "config": set(),
-    "data": {"config"},
+    "data": {"config", "ops"},
     "viz": {"config", "data"},
     "engine": {"ops", "models", "convert", "meta", "config", "data", "viz"},
 }
@@ -121,6 +121,8 @@ def test_a_direct_import_of_the_kernels_is_seen():
         ("pmm_fast.config", HEAVY - {"yaml"}),
         ("pmm_fast.train", HEAVY - {"yaml"}),
         ("pmm_fast.evaluate", HEAVY - {"yaml"}),
+        ("pmm_fast.data.prepare", HEAVY - {"yaml"}),
+        ("pmm_fast.data.verify", HEAVY - {"yaml"}),
     ],
 )
 def test_light(module, heavy):

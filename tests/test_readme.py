@@ -15,7 +15,7 @@ from tests import repository
 DOCUMENTS = [*sorted(repository.ROOT.glob("*.md")), *repository.files(("docs",), (".md",))]
 README = (repository.ROOT / "README.md").read_text()
 
-COMMAND = re.compile(r"python -m (pmm_fast\.\w+)([^\n`|]*)")
+COMMAND = re.compile(r"python -m (pmm_fast(?:\.\w+)+)([^\n`|]*)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

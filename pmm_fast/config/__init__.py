@@ -15,6 +15,7 @@ from pmm_fast.config.load import (
     to_dict,
     to_yaml,
 )
+from pmm_fast.config.protocol import describe_order, describe_protocol, leave_one_out
 from pmm_fast.config.schema import (
     Config,
     DataConfig,
@@ -40,7 +41,10 @@ __all__ = [
     "OptimConfig",
     "Parser",
     "default_out",
+    "describe_order",
+    "describe_protocol",
     "from_dict",
+    "leave_one_out",
     "load_config",
     "load_file",
     "load_preset",

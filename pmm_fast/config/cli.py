@@ -26,13 +26,14 @@ from pmm_fast.config.load import (
     preset_names,
     to_yaml,
 )
+from pmm_fast.config.protocol import describe_protocol, leave_one_out
 from pmm_fast.config.schema import Config
 from pmm_fast.config.validate import get_option, validate
 
 CHECKPOINT_FILE = "checkpoint.pt"
 """The file by which a folder is known to hold a run."""
 
-SHORTCUTS = {"mode": "meta.mode", "iterations": "optim.iterations"}
+SHORTCUTS = {"mode": "meta.mode", "iterations": "optim.iterations", "loader": "data.loader"}
 """Short names of the options that are used most."""
 
 TRACEBACK = "PMM_FAST_TRACEBACK"
@@ -254,12 +255,13 @@ def parse_command_line(argv: list[str] | None, prog: str, description: str, defa
     )
     parser.own.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
     own, options = parser.parse_options(arguments)
-    config = from_dict(options, "command line", base)
+    config = leave_one_out(from_dict(options, "command line", base))
     if not config.out:
         config.out = default_out(name, config.meta.mode, config.resume)
     validate(config)
     if own.print_config:
-        print(f"# preset: {name}\n{to_yaml(config)}", end="")
+        print("\n".join(f"# {line}" for line in [f"preset: {name}", *describe_protocol(config)]))
+        print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pmm_fast.config.load import ConfigError
+from pmm_fast.config.protocol import META_MODES
 from pmm_fast.config.schema import Config
 
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -91,6 +92,8 @@ def validate(config: Config, training: bool = True) -> None:
         for key, test, expected in RULES
         if not test(get_option(config, key))
     ]
+    if config.data.strong_meta_test and config.meta.mode not in META_MODES:
+        problems.append(f"data.strong_meta_test: mode {config.meta.mode} has no meta-test domains")
     problems += _overlap_problems(config) + (_source_problems(config) if training else [])
     if problems:
         raise ConfigError("; ".join(problems))
@@ -101,7 +104,7 @@ def _source_problems(config: Config) -> list[str]:
     if not sources:
         return ["data.sources: expected at least one domain to train on, got none"]
     # meta-learning takes a single source twice, to split it against itself
-    twice = len(sources) == 1 and config.meta.mode in ("pinmem", "mldg")
+    twice = len(sources) == 1 and config.meta.mode in META_MODES
     last = 1 if twice else len(sources) - 1
     wrong = [position for position in config.data.strong_domains if not 0 <= position <= last]
     if not wrong:

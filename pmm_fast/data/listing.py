@@ -274,8 +274,8 @@ def _split_folder(root: Path, kind: str, split: str) -> str:
 
 
 def _list_configured(name: str, domain: DomainConfig, config: DataConfig, split: str) -> Listing:
-    if not domain.root and not config.root:
-        raise DataError(f"data.domains.{name}.root is empty, and so is data.root: expected the folder of the domain")
+    if not (domain.root or domain.dataset or config.root):
+        raise DataError(f"data.domains.{name}.root is empty, and so is data.root: is --data.root missing?")
     if not domain.dataset:
         return _list_generic(name, domain, config, split)
     if replace(domain, root="", dataset="") != DomainConfig():
@@ -369,7 +369,8 @@ def _list_files(
         notes.append(f"{len(extra)} labels have no image (first: {extra[0]}), not used")
     if lists:
         chosen = select(images.files, lists, split, layout.image_suffix)
-        notes.append(f"list {lists[split]}")
+        shipped = lists[split].parent == LISTS
+        notes.append(f"list {lists[split].stem if shipped else lists[split]}")
         notes += [f"{count} of its images are also in {other}" for other, count in chosen.shared.items()]
     else:
         chosen = Selection(tuple(sorted(images.files)), (), "", (), {})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pmm_fast.config.schema import DataConfig
+from pmm_fast.config.schema import DataConfig, DomainConfig
 from pmm_fast.data.contact_sheet import SAMPLES, Sample, contact_sheet, percent
 from pmm_fast.data.datasets import DATASETS, Dataset, find_folders, get_dataset
 from pmm_fast.data.files import DataError
@@ -159,8 +159,9 @@ def _render_missing(report: DomainReport, splits: Sequence[str], reason: str, co
     dataset = report.dataset
     if dataset is None:
         return [f"  {' '.join(splits)}: MISSING: {reason}"]
-    absent = report.name not in config.domains and not find_folders(dataset, Path(config.root))
-    variant = report.name.partition(":")[2] or dataset.default_variant
+    domain = config.domains.get(report.name, DomainConfig(dataset=report.name))
+    absent = not domain.root and not find_folders(dataset, Path(config.root))
+    variant = domain.dataset.partition(":")[2] or dataset.default_variant
     counts = [f"{dataset.counts[variant, split]} {split}" for split in splits if (variant, split) in dataset.counts]
     place = f"below {config.root}" if config.root else "anywhere (no folder of data is given)"
     names = f"in any case called one of {', '.join(dataset.folders)}"

@@ -15,10 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pmm_fast import meta
-from pmm_fast.config import Config, to_dict, to_yaml
-from pmm_fast.data import make_loader
+from pmm_fast.config import Config, describe_order, to_dict, to_yaml
+from pmm_fast.data import choose_loader, make_loader
+from pmm_fast.data.loader import Loader
+from pmm_fast.data.sampling import Strong
 from pmm_fast.engine import build, checkpoint
 from pmm_fast.engine.distributed import Ranks
+from pmm_fast.engine.feed import Feed
 from pmm_fast.engine.logging import RunLog
 from pmm_fast.engine.optim import (
     LossScale,
@@ -72,9 +75,12 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scale = LossScale(config.amp and config.amp_dtype == "fp16")
         self.iteration = 0
-        method = f"{config.meta.mode}, {_order_text(config)}"
+        method = f"{config.meta.mode}, {describe_order(config)}"
         self._say(f"{method}; {config.model.architecture} on {self._where()}; {backbone}")
-        self._say("sources: " + ", ".join(f"{domain.name} ({len(domain)} images)" for domain in self.sources))
+        loader, reason = choose_loader(config.data.loader)
+        self._say(f"loader: {loader} ({reason})")
+        for domain in {domain.name: domain for domain in self.sources}.values():
+            self._say(f"source {domain.describe()}")
 
     def run(self) -> Path:
         """Train to the last iteration, writing checkpoints and logs.
@@ -114,27 +120,29 @@ class Trainer:
     def _loop(self, log: RunLog | None) -> None:
         """The iterations; what is logged is the same on all ranks, and one of them writes it."""
         config, total = self.config, self.config.optim.iterations
-        batches = self._batches()
-        # closed also by an error, whose message would otherwise continue the bar's line
-        with self._progress(total, f"train {config.meta.mode}", initial=self.iteration) as progress:
+        # both closed also by an error, whose message would otherwise continue the bar's line
+        with (
+            contextlib.closing(self._feed()) as feed,
+            self._progress(total, f"train {config.meta.mode}", initial=self.iteration) as progress,
+        ):
             while self.iteration < total:
                 start = time.perf_counter()
-                losses, norm = self._iterate(batches)
+                losses, norm = self._iterate(feed)
                 self.iteration += 1
                 progress.update()
                 if log is not None and (self.iteration % config.log_every == 0 or self.iteration == total):
                     progress.set_postfix(loss=f"{losses['total']:.3f}", refresh=False)
                     values = {"lr": learning_rate(config.optim, self.iteration - 1), "gradient_norm": norm}
                     values["inner_lr"] = inner_learning_rate(config, self.iteration - 1)
-                    values["loss_scale"] = self.scale.scale
+                    values |= {"loss_scale": self.scale.scale, "data_wait": feed.share_waited()}
                     log.write(self.iteration, losses, seconds=time.perf_counter() - start, **values)
                 if self.iteration % config.checkpoint_every == 0 or self.iteration == total:
                     self._save()
 
-    def _iterate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:
+    def _iterate(self, feed: Iterator[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:
         """One optimiser step and what follows it; returns the losses and the norm of the gradient."""
         config = self.config
-        micro_batches = [self._to_device(next(batches)) for _ in range(config.optim.accumulate)]
+        micro_batches = [next(feed) for _ in range(config.optim.accumulate)]
         train, test = self._split(self.iteration)
         hyper = build.create_hyper(
             config, self.network, inner_learning_rate(config, self.iteration), loss_scale=self.scale.scale
@@ -191,33 +199,36 @@ class Trainer:
         channels = self.model.aux_head.dropped_channels
         return meta.draw_noise(sizes, channels, self.config.model.aux_dropout, gumbel, self.generator)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _feed(self) -> Feed:
+        """The training data of the iterations that are left."""
         accumulate = self.config.optim.accumulate
         start, stop = self.iteration * accumulate, self.config.optim.iterations * accumulate
-        return iter(make_loader(self.sources, self.config.data, self.config.seed, start, stop, **self._loading))
+        always = set(self.config.data.strong_domains)
 
-    @property
-    def _loading(self) -> dict[str, Any]:
-        return {"pin_memory": self.device.type == "cuda", "rank": self.ranks.rank, "ranks": self.ranks.size}
+        def strong(batch: int) -> set[int]:
+            """The split of an iteration is known before its images are drawn, so they can be augmented for it."""
+            return always.union(self._split(batch // accumulate)[1]) if self.config.data.strong_meta_test else always
 
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = (part.to(self.device, non_blocking=True) for part in batch)
-        return images, labels
+        return Feed(self._loader(start, stop, strong), self.device)
+
+    def _loader(self, start: int, stop: int, strong: Strong, stream: int = 0) -> Loader:
+        ranks = self.ranks
+        config = self.config
+        return make_loader(
+            self.sources, config.data, config.seed, start, stop, stream, self.device, strong, ranks.rank, ranks.size
+        )
 
     def _initialise_memory(self) -> None:
         """Two passes over the training data with its plain augmentation, encoder only."""
         config = self.config
         passes = config.memory.init_passes * config.memory.init_iterations
-        loader = make_loader(
-            self.sources, config.data, config.seed, 0, passes, stream=INIT_STREAM, strong=False, **self._loading
-        )
         hyper = build.create_hyper(config, self.network, inner_lr=0.0)
         assert self.memory is not None
 
         def flat() -> Iterable[meta.Batch]:
-            for batch in self._progress(passes, "initialise memory", loader):
-                images, labels = self._to_device(batch)
-                yield _take(images, labels, list(range(len(images))))
+            with contextlib.closing(Feed(self._loader(0, passes, _none_strong, INIT_STREAM), self.device)) as feed:
+                for images, labels in self._progress(passes, "initialise memory", feed):
+                    yield _take(images, labels, list(range(len(images))))
 
         memory, mass = meta.initialise_memory(self.params, self.buffers, flat(), self.memory, hyper)
         self.memory.copy_(memory)
@@ -320,12 +331,6 @@ class Trainer:
         )
 
 
-def _order_text(config: Config) -> str:
-    if config.meta.mode not in meta.META_MODES:
-        return "no meta-learning"
-    return f"order {config.meta.order} ({'exact' if config.meta.order == 2 else 'as released'})"
-
-
 def _changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The options that two configurations differ in, but for ``resume`` itself, as ``optim.lr 0.01 -> 0.1``."""
     found = []
@@ -336,6 +341,10 @@ def _changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         elif key != "resume" and value != before:
             found.append(f"{key} {before} -> {value}")
     return found
+
+
+def _none_strong(iteration: int) -> tuple[int, ...]:
+    return ()
 
 
 def _take(

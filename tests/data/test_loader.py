@@ -1,4 +1,5 @@
-"""Batches: the same for any number of workers and any point of continuation, and clear when files are at fault."""
+"""Batches of both loaders: the same for any number of workers, any point of continuation and either loader, and clear
+when files are at fault."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 from pmm_fast.config.schema import DataConfig
 from pmm_fast.data.folder import DataError, FolderDomain, open_domain
-from pmm_fast.data.loader import Batch, Key, MixedDomains, make_loader
+from pmm_fast.data.loader import MixedDomains, choose_loader, make_loader
+from pmm_fast.data.sampling import Batch, Key, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -34,42 +36,71 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> list[FolderDomain]:
 
 
 def config(**options: object) -> DataConfig:
-    return DataConfig(**{"crop": [16, 20], "batch_per_domain": 3, "workers": 0, **options})  # type: ignore[arg-type]
+    return DataConfig(**{"crop": [16, 20], "batch_per_domain": 3, "workers": 0, "loader": "torch", **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["torch", "dali"])
+def loader(request: pytest.FixtureRequest) -> str:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+    return request.param
 
 
 def batches(domains: list[FolderDomain], start: int = 0, stop: int = 4, seed: int = 1, stream: int = 0, **options):
-    strong = bool(options.pop("strong", True))
+    strong = options.pop("strong", None)
     return list(make_loader(domains, config(**options), seed, start, stop, stream, strong=strong))
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in zip(first, second, strict=True)
+        torch.equal(x, y) for a, b in zip(first, second, strict=True) for x, y in zip(a, b, strict=True)
     )
 
 
-def test_shapes(domains: list[FolderDomain]) -> None:
-    loader = make_loader(domains, config(), 1, 2, 5)
-    assert len(loader) == 3
-    (first, *_) = got = list(loader)
+def test_shapes(domains: list[FolderDomain], loader: str) -> None:
+    made = make_loader(domains, config(loader=loader), 1, 2, 5)
+    assert type(made).__name__ == {"torch": "TorchLoader", "dali": "DaliLoader"}[loader] and len(made) == 3
+    (first, *_) = got = list(made)
     assert len(got) == 3
-    assert first.images.shape == (2, 3, 3, 16, 20) and first.images.dtype == torch.float32
-    assert first.labels.shape == (2, 3, 16, 20) and first.labels.dtype == torch.uint8
+    assert first.images.shape == (2, 3, 3, 16, 20) and first.images.dtype == torch.uint8
+    assert first.images[0].is_contiguous(memory_format=torch.channels_last)
+    assert first.labels.shape == (2, 3, 16, 20) and first.labels.dtype == torch.uint8 and first.labels.is_contiguous()
+    assert first.looks.shape == (2, 3, 9) and first.looks.dtype == torch.float32
 
 
-def test_domains_stay_apart(domains: list[FolderDomain]) -> None:
-    for batch in batches(domains, scale=[1.0, 1.0]):
+def test_both_loaders_give_the_same_batches(domains: list[FolderDomain]) -> None:
+    pytest.importorskip("nvidia.dali")
+    options = {"crop": [20, 36], "flip": 0.5}
+    assert same(batches(domains, loader="torch", **options), batches(domains, loader="dali", **options))
+
+
+def test_choice_of_a_loader(monkeypatch: pytest.MonkeyPatch, domains: list[FolderDomain]) -> None:
+    found = {"nvidia": True, "nvidia.dali": True}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name))
+    assert choose_loader("auto") == ("dali", "DALI is installed")
+    assert choose_loader("torch") == ("torch", "as asked") and choose_loader("dali") == ("dali", "as asked")
+    for missing in ("nvidia.dali", "nvidia"):
+        found[missing] = False
+        assert choose_loader("auto") == ("torch", "DALI is not installed (the extra: pmm_fast[dali])")
+        with pytest.raises(
+            ValueError, match=r"^data\.loader: dali was asked for, but DALI is not installed .*\[dali\]"
+        ):
+            make_loader(domains, config(loader="dali"), 0, 0, 1)
+
+
+def test_domains_stay_apart(domains: list[FolderDomain], loader: str) -> None:
+    for batch in batches(domains, scale=[1.0, 1.0], loader=loader):
         assert batch.labels[0].max() < 5 and batch.labels[1].min() >= 5
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_do_not_change_the_data(domains: list[FolderDomain], workers: int) -> None:
-    assert same(batches(domains), batches(domains, workers=workers))
+def test_workers_do_not_change_the_data(domains: list[FolderDomain], workers: int, loader: str) -> None:
+    assert same(batches(domains, loader=loader), batches(domains, workers=workers, loader=loader))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_load_the_parts_of_one_batch(domains: list[FolderDomain], ranks: int) -> None:
-    options = config(batch_per_domain=6)
+def test_ranks_load_the_parts_of_one_batch(domains: list[FolderDomain], ranks: int, loader: str) -> None:
+    options = config(batch_per_domain=6, loader=loader)
     parts = [list(make_loader(domains, options, 1, 0, 2, rank=rank, ranks=ranks)) for rank in range(ranks)]
     whole = [
         Batch(*(torch.cat(tensors, 1) for tensors in zip(*batches, strict=True)))
@@ -84,11 +115,11 @@ def test_a_batch_that_ranks_cannot_share(domains: list[FolderDomain]) -> None:
         make_loader(domains, config(batch_per_domain=3), 0, 0, 1, rank=1, ranks=2)
 
 
-def test_continuing_equals_not_stopping(domains: list[FolderDomain]) -> None:
-    whole = batches(domains, 0, 6)
-    assert same(whole[4:], batches(domains, 4, 6))
+def test_continuing_equals_not_stopping(domains: list[FolderDomain], loader: str) -> None:
+    whole = batches(domains, 0, 6, loader=loader)
+    assert same(whole[4:], batches(domains, 4, 6, loader=loader))
     assert not same(whole[:2], whole[4:])
-    assert batches(domains, 3, 3, workers=2) == []
+    assert batches(domains, 3, 3, workers=2, loader=loader) == []
 
 
 def test_seed_stream_and_repetition(domains: list[FolderDomain]) -> None:
@@ -98,32 +129,40 @@ def test_seed_stream_and_repetition(domains: list[FolderDomain]) -> None:
     assert not same(first, batches(domains, stream=1))
 
 
-def test_the_global_generators_are_left_alone(domains: list[FolderDomain]) -> None:
+def test_the_global_generators_are_left_alone(domains: list[FolderDomain], loader: str) -> None:
     torch.manual_seed(0)
     np.random.seed(0)
-    first = batches(domains, workers=1)
+    first = batches(domains, workers=1, loader=loader)
     after = (torch.rand(1), np.random.rand())
     torch.manual_seed(0)
     np.random.seed(0)
     assert after == (torch.rand(1), np.random.rand())
     torch.manual_seed(99)
-    assert same(first, batches(domains, workers=1))
+    assert same(first, batches(domains, workers=1, loader=loader))
 
 
 def test_strong_domains_change_only_themselves(domains: list[FolderDomain]) -> None:
     weak, strong = batches(domains, jitter=0.0), batches(domains, jitter=0.0, strong_domains=[1])
-    assert all(torch.equal(a.images[0], b.images[0]) for a, b in zip(weak, strong, strict=True))
-    changed = [(a.images[1] != b.images[1]).flatten(1).any(1).all() for a, b in zip(weak, strong, strict=True)]
-    assert all(changed)
-    assert same(weak, batches(domains, jitter=0.0, strong_domains=[1], strong=False))
+    for a, b in zip(weak, strong, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        assert torch.equal(a.looks[0], b.looks[0]) and (b.looks[1, :, 0] >= 0).all() and (a.looks[..., 0] < 0).all()
+    assert same(weak, batches(domains, jitter=0.0, strong_domains=[1], strong=lambda iteration: ()))
+
+
+def test_strong_by_iteration(domains: list[FolderDomain], loader: str) -> None:
+    weak = batches(domains, jitter=0.0, loader=loader)
+    mixed = batches(domains, jitter=0.0, loader=loader, workers=1, strong=lambda iteration: {iteration % 2})
+    for iteration, (a, b) in enumerate(zip(weak, mixed, strict=True)):
+        assert (b.looks[iteration % 2, :, 0] >= 0).all() and torch.equal(a.images, b.images)
+        assert torch.equal(a.looks[1 - iteration % 2], b.looks[1 - iteration % 2])
 
 
 def test_images_are_drawn_uniformly_with_replacement(domains: list[FolderDomain]) -> None:
-    dataset = MixedDomains(domains, config(crop=[1, 1], scale=[1.0, 1.0]), seed=3)
+    dataset = MixedDomains(Sampling(domains, config(crop=[1, 1], scale=[1.0, 1.0]), seed=3))
     counts = np.zeros((2, 5), int)
     repeats = 0
     for iteration in range(300):
-        drawn = [[int(dataset[Key(iteration, d, s)][1]) for s in range(3)] for d in range(2)]  # type: ignore[arg-type]
+        drawn = [[int(dataset[Key(iteration, d, s, False)][1]) for s in range(3)] for d in range(2)]  # type: ignore[arg-type]
         for d in range(2):
             np.add.at(counts[d], np.array(drawn[d]) - 5 * d, 1)
             repeats += len(set(drawn[d])) < 3
@@ -134,14 +173,14 @@ def test_images_are_drawn_uniformly_with_replacement(domains: list[FolderDomain]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_file_errors_arrive_with_their_own_message(tmp_path: Path, workers: int) -> None:
+def test_file_errors_arrive_with_their_own_message(tmp_path: Path, workers: int, loader: str) -> None:
     for kind in ("images", "labels"):
         (tmp_path / kind).mkdir()
         Image.new("RGB" if kind == "images" else "L", (8, 8)).save(tmp_path / kind / "a.png")
     domain = open_domain(str(tmp_path), DataConfig(), "train")
     (tmp_path / "images/a.png").write_bytes(b"rubbish")
     with pytest.raises(DataError) as caught:
-        batches([domain], workers=workers)
+        batches([domain], workers=workers, loader=loader)
     message = str(caught.value)
     assert message.startswith(f"domain {str(tmp_path)!r}: {tmp_path}/images/a.png: cannot be read as an image")
     assert "Traceback" not in message and "\n" not in message
@@ -163,10 +202,10 @@ def test_worker_threads(domains: list[FolderDomain]) -> None:
 
 
 def test_the_dataset_can_be_sent_to_a_process(domains: list[FolderDomain]) -> None:
-    dataset = MixedDomains(domains, config(), seed=3)
-    image, labels = dataset[Key(0, 1, 2)]
-    image_again, labels_again = pickle.loads(pickle.dumps(dataset))[Key(0, 1, 2)]
-    assert torch.equal(image, image_again) and torch.equal(labels, labels_again)  # type: ignore[arg-type]
+    dataset = MixedDomains(Sampling(domains, config(), seed=3))
+    again = pickle.loads(pickle.dumps(dataset))
+    for first, second in zip(dataset[Key(0, 1, 2, True)], again[Key(0, 1, 2, True)], strict=True):
+        assert torch.equal(first, second)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,15 @@ from pmm_fast.data.transforms import (
     gaussian_blur,
     normalise,
     shift_hue,
+    transform,
 )
 
 PLAIN = {"scale": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "blur": False}
+
+
+def apply(augment: Augment, image: Image.Image, labels: np.ndarray, rng: np.random.Generator, strong: bool = False):
+    """A transform drawn and carried out in full: the normalised image and its labels."""
+    return transform(image, labels, augment.draw(image.size, rng, strong))
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -87,9 +93,10 @@ def test_crop_equals_resizing_everything(
     assert got.shape == (*crop, 3)
     # the box is single precision: a value at a tie may round the other way, and so once more in the second pass
     assert np.abs(got - expected).max() <= 2
-    got_labels = crop_labels(labels, window)
-    assert got_labels.dtype == np.uint8 and got_labels.flags.c_contiguous
-    np.testing.assert_array_equal(got_labels, expected_labels)
+    for step in (1, -1):
+        got_labels = crop_labels(labels, window, mirror=step < 0)
+        assert got_labels.dtype == np.uint8 and got_labels.flags.c_contiguous
+        np.testing.assert_array_equal(got_labels, expected_labels[:, ::step])
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.731, 1.0, 1.37, 2.0])
@@ -126,7 +133,8 @@ def test_border_of_a_small_image() -> None:
     rng = np.random.default_rng(0)
     lefts = {draw_window((10, 40), (15, 15), (1.0, 1.0), rng).left for _ in range(50)}
     assert lefts == {-3, -2}
-    image, labels = Augment((15, 15), **PLAIN)(Image.new("RGB", (10, 40), "white"), np.zeros((40, 10), np.uint8), rng)
+    white = Image.new("RGB", (10, 40), "white")
+    image, labels = apply(Augment((15, 15), **PLAIN), white, np.zeros((40, 10), np.uint8), rng)
     assert (labels == IGNORE).any(0).sum() == 5 and (labels == 0).sum() == 150
     assert (denormalise(image)[labels.numpy() == IGNORE] == 0).all()
     assert (denormalise(image)[labels.numpy() == 0] == 255).all()
@@ -137,7 +145,7 @@ def test_border_of_a_small_image() -> None:
 
 def test_nothing_random_is_the_identity() -> None:
     pixels, labels = noise(24, 32), np.arange(24 * 32, dtype=np.uint8).reshape(24, 32)
-    image, target = Augment((24, 32), **PLAIN)(Image.fromarray(pixels), labels, np.random.default_rng(0))
+    image, target = apply(Augment((24, 32), **PLAIN), Image.fromarray(pixels), labels, np.random.default_rng(0))
     assert image.dtype == torch.float32 and target.dtype == torch.uint8 and image.is_contiguous()
     assert torch.equal(image, normalise(Image.fromarray(pixels)))
     np.testing.assert_array_equal(target, labels)
@@ -151,7 +159,8 @@ def test_nothing_random_is_the_identity() -> None:
 )
 def test_any_size_works(size: tuple[int, int], crop: tuple[int, int], seed: int) -> None:
     augment = Augment(crop, (0.5, 2.0), flip=0.5, jitter=0.5, blur=True)
-    image, labels = augment(Image.fromarray(noise(*size)), np.zeros(size, np.uint8), np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    image, labels = apply(augment, Image.fromarray(noise(*size)), np.zeros(size, np.uint8), rng)
     assert image.shape == (3, *crop) and labels.shape == crop
     assert image.isfinite().all() and set(labels.unique().tolist()) <= {0, IGNORE}
 
@@ -161,7 +170,7 @@ def test_mirror_turns_image_and_labels_together_half_of_the_time() -> None:
     augment = Augment((4, 6), **{**PLAIN, "flip": 0.5})
     count = 0
     for seed in range(400):
-        image, target = augment(Image.fromarray(pixels), labels, np.random.default_rng(seed))
+        image, target = apply(augment, Image.fromarray(pixels), labels, np.random.default_rng(seed))
         mirrored = bool(target[0, 0] == 5)
         step = -1 if mirrored else 1
         np.testing.assert_array_equal(target, labels[:, ::step])
@@ -173,14 +182,10 @@ def test_mirror_turns_image_and_labels_together_half_of_the_time() -> None:
 def test_shares_of_jitter_and_blur() -> None:
     pixels, labels = noise(6, 6), np.zeros((6, 6), np.uint8)
 
-    def changed(count: int, **options: object) -> int:
-        augment = Augment((6, 6), **{**PLAIN, **options})  # type: ignore[arg-type]
-        return sum(
-            bool(
-                (denormalise(augment(Image.fromarray(pixels), labels, np.random.default_rng(seed))[0]) != pixels).any()
-            )
-            for seed in range(count)
-        )
+    def changed(count: int, strong: bool = False, **options: object) -> int:
+        augment, image = Augment((6, 6), **{**PLAIN, **options}), Image.fromarray(pixels)  # type: ignore[arg-type]
+        results = (apply(augment, image, labels, np.random.default_rng(seed), strong)[0] for seed in range(count))
+        return sum(bool((denormalise(result) != pixels).any()) for result in results)
 
     assert abs(changed(400, jitter=0.5) - 200) < 50
     assert changed(50, strong=True) == 50
@@ -189,18 +194,12 @@ def test_shares_of_jitter_and_blur() -> None:
 
 
 @pytest.mark.parametrize("strong", [False, True])
-def test_jitter_factors_fill_their_ranges(monkeypatch: pytest.MonkeyPatch, strong: bool) -> None:
-    seen: list[tuple] = []
-
-    def record(image: Image.Image, factors: list[float], order: np.ndarray) -> Image.Image:
-        seen.append((*factors, *order))
-        return image
-
-    monkeypatch.setattr("pmm_fast.data.transforms.colour_jitter", record)
-    augment = Augment((2, 2), **{**PLAIN, "jitter": 1.0}, strong=strong)
-    for seed in range(1000):
-        augment(Image.new("RGB", (2, 2)), np.zeros((2, 2), np.uint8), np.random.default_rng(seed))
-    drawn = np.array(seen)
+def test_jitter_factors_fill_their_ranges(strong: bool) -> None:
+    augment = Augment((2, 2), **{**PLAIN, "jitter": 0.0 if strong else 1.0})
+    looks = np.array([augment.draw((2, 2), np.random.default_rng(seed), strong).look for seed in range(1000)])
+    assert looks.dtype == np.float32 and (looks[:, 8] == 0).all() and (looks[:, 7] == np.trunc(looks[:, 7])).all()
+    # the shift of hue is in steps of 1/256, of which it may use 255
+    drawn = np.concatenate([looks[:, 4:7], looks[:, 7:8] / 255, looks[:, :4]], 1)
     for column, (strength, centre) in enumerate(zip(STRONG_JITTER if strong else JITTER, (1, 1, 1, 0), strict=True)):
         assert np.abs(drawn[:, column] - centre).max() <= strength
         assert abs(drawn[:, column].min() - (centre - strength)) < 0.02 * strength
@@ -211,10 +210,11 @@ def test_jitter_factors_fill_their_ranges(monkeypatch: pytest.MonkeyPatch, stron
 
 def test_options_do_not_shift_the_random_numbers() -> None:
     ends = set()
-    for options in ({}, {"flip": 1.0}, {"jitter": 1.0}, {"blur": True}, {"strong": True}):
-        rng = np.random.default_rng(5)
-        Augment((8, 8), **{**PLAIN, **options})(Image.new("RGB", (9, 9)), np.zeros((9, 9), np.uint8), rng)
-        ends.add(rng.random())
+    for options in ({}, {"flip": 1.0}, {"jitter": 1.0}, {"blur": True}):
+        for strong in (False, True):
+            rng = np.random.default_rng(5)
+            Augment((8, 8), **{**PLAIN, **options}).draw((9, 9), rng, strong)
+            ends.add(rng.random())
     assert len(ends) == 1
 
 
@@ -255,28 +255,28 @@ def test_brightness_contrast_saturation(step: int, factor: float) -> None:
     assert np.abs(got - plain_jitter(pixels, step, factor)).max() <= 2
 
 
-@pytest.mark.parametrize("shift", [-0.3, -0.1, 0.0, 0.1, 0.3])
+@pytest.mark.parametrize("shift", [-76, -25, 0, 25, 76])
 def test_hue_turns(shift: float) -> None:
     pixels = np.array([[(200, 40, 40), (40, 200, 40), (60, 60, 220), (180, 180, 30), (128, 128, 128)]], np.uint8)
     got = np.asarray(shift_hue(Image.fromarray(pixels), shift)).astype(int)
     for before, after in zip(pixels[0] / 255, got[0], strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*before)
-        expected = np.array(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)) * 255
+        expected = np.array(colorsys.hsv_to_rgb((hue + shift / 255) % 1, saturation, value)) * 255
         # hue has 256 steps, each up to 6 * 180 / 256 levels of a channel, and is rounded twice
         assert np.abs(after - expected).max() <= 9
 
 
-@pytest.mark.parametrize("shift", [-0.3, -0.004, 0.1, 0.3])
+@pytest.mark.parametrize("shift", [-76, -1, 25, 76])
 def test_hue_wraps_in_eight_bits(shift: float) -> None:
     image = Image.fromarray(noise(32, 32))
     planes = np.array(image.convert("HSV"))
-    planes[..., 0] = (planes[..., 0].astype(int) + int(np.trunc(shift * 255))).astype(np.uint8)
+    planes[..., 0] = (planes[..., 0].astype(int) + shift).astype(np.uint8)
     expected = np.asarray(Image.fromarray(planes, "HSV").convert("RGB"))
     np.testing.assert_array_equal(np.asarray(shift_hue(image, shift)), expected)
 
 
 def test_jitter_keeps_its_order() -> None:
-    image, factors = Image.fromarray(noise(8, 8)), [1.4, 0.6, 1.3, 0.1]
+    image, factors = Image.fromarray(noise(8, 8)), [1.4, 0.6, 1.3, 25]
     by_hand = plain_jitter(plain_jitter(np.asarray(image), 0, 1.4), 1, 0.6)
     got = np.asarray(colour_jitter(image, factors, [0, 1])).astype(float)
     assert np.abs(got - by_hand).max() <= 3

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from pmm_fast import train
 from pmm_fast.config import run_main
+from pmm_fast.engine.feed import Feed
 from pmm_fast.engine.trainer import Trainer
 
 
 def use_double() -> None:
-    to_device = Trainer._to_device
+    following = Feed.__next__
 
-    def double(self: Trainer, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = to_device(self, batch)
+    def double(self: Feed) -> tuple[Tensor, Tensor]:
+        images, labels = following(self)
         return images.double(), labels
 
     torch.set_default_dtype(torch.float64)
-    Trainer._to_device = double  # type: ignore[method-assign]
+    Feed.__next__ = double  # type: ignore[method-assign]
 
 
 def spoil(kind: str) -> None:

@@ -29,8 +29,8 @@ def arguments(roots: list[str], out: Path, iterations: int, *more: str) -> list[
     """A run without what is drawn per rank."""
     text = (
         f"--data.unseen --data.label_space {SPACE} --data.crop {SIZE[0]} {SIZE[1]} --data.batch_per_domain 4 "
-        "--data.workers 0 --model.channels 8 --model.weights none --model.aux_dropout 0 --no-memory.gumbel "
-        f"--memory.init_iterations 1 --optim.lr 1e-4 --optim.horizon 100 --device cpu --log_every 1 "
+        "--data.workers 0 --loader torch --model.channels 8 --model.weights none --model.aux_dropout 0 "
+        f"--no-memory.gumbel --memory.init_iterations 1 --optim.lr 1e-4 --optim.horizon 100 --device cpu --log_every 1 "
         f"--iterations {iterations}"
     )
     return ["--data.sources", *roots, *text.split(), "--out", str(out), *more]
@@ -44,7 +44,7 @@ def torchrun(*argv: str) -> str:
         [sys.executable, *run, *argv], capture_output=True, text=True, env=environment, timeout=2 * TIMEOUT.seconds
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("sources: ") == 1 and "2 processes, the first on cpu" in done.stderr
+    assert done.stderr.count("source ") == 2 and "2 processes, the first on cpu" in done.stderr
     return done.stdout
 
 

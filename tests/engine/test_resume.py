@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from pmm_fast.data import choose_loader
 from pmm_fast.engine import build, checkpoint
 from pmm_fast.engine.checkpoint import CheckpointError
 from pmm_fast.engine.trainer import Trainer
 from tests.street_folders import log_lines, same, tiny_config, train
+
+needs_dali = pytest.mark.skipif(choose_loader("auto")[0] != "dali", reason="DALI is not installed")
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
@@ -35,8 +38,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
         (6, 3, 5, {"meta.inner_lr": 0.1}),
         (3, 2, 2, {"optim.accumulate": 2, "data.workers": 1}),
         (3, 2, 2, {"amp": True}),
+        pytest.param(3, 2, 2, {"data.loader": "dali", "data.workers": 2}, marks=needs_dali),
     ],
-    ids=["order 2", "accumulated", "bf16"],
+    ids=["order 2", "accumulated", "bf16", "dali"],
 )
 def test_resuming_is_exact(
     domains: Path,

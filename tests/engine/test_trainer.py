@@ -18,9 +18,11 @@ import pmm_fast
 from pmm_fast import meta, ops
 from pmm_fast.config import ConfigError, validate
 from pmm_fast.data import make_loader
+from pmm_fast.data.loader import Loader
 from pmm_fast.engine import build, checkpoint
 from pmm_fast.engine import trainer as trainer_module
 from pmm_fast.engine.checkpoint import CheckpointError
+from pmm_fast.engine.feed import Feed
 from pmm_fast.engine.optim import LossScale
 from pmm_fast.engine.trainer import NonFiniteLossError, Trainer
 from pmm_fast.models import recompute
@@ -32,16 +34,31 @@ MEMORY = {"cohesion", "divergence", "classifier", "top_weight"}
 QUIET = {"model.aux_dropout": 0.0, "memory.gumbel": False}
 
 
+def fed(loader: Loader) -> list[tuple[Tensor, Tensor]]:
+    """All batches of a loader as the network gets them."""
+    return list(Feed(loader, torch.device("cpu")))
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, domain: int, iteration: int) -> None:
     """Put a NaN into one pixel of one domain, from an iteration on."""
 
-    def loader(*arguments: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        for count, (images, labels) in enumerate(make_loader(*arguments, **options)):
-            if count >= iteration and "stream" not in options:
-                images[domain, 0, 0, 3, 5] = torch.nan
-            yield images, labels
+    class Poisoned(Feed):
+        count = 0
 
-    monkeypatch.setattr(trainer_module, "make_loader", loader)
+        def __next__(self) -> tuple[Tensor, Tensor]:
+            images, labels = super().__next__()
+            if self.count >= iteration:
+                images[domain, 0, 0, 3, 5] = torch.nan
+            self.count += 1
+            return images, labels
+
+    def feed(trainer: Trainer) -> Feed:
+        # after the memory was initialised, from images as they are
+        monkeypatch.setattr(trainer_module, "Feed", Poisoned)
+        return original(trainer)
+
+    original = Trainer._feed
+    monkeypatch.setattr(Trainer, "_feed", feed)
 
 
 # --- what is computed ---------------------------------------------------------------------------------------------
@@ -69,7 +86,7 @@ def test_an_update_is_sgd_with_the_mean_of_the_micro_batches(domains: Path, tmp_
     assert sorted(train_domains + test_domains) == [0, 1]
     hyper = build.create_hyper(config, trainer.network, 0.1)
     grads, written = [], []
-    for images, labels in make_loader(trainer.sources, config.data, config.seed, 0, 2):
+    for images, labels in fed(make_loader(trainer.sources, config.data, config.seed, 0, 2)):
         mtr, mte = (
             meta.Batch(torch.cat([images[d] for d in side]), torch.cat([labels[d] for d in side])) if side else None
             for side in (train_domains, test_domains)
@@ -164,7 +181,8 @@ def test_memory_starts_from_the_features_of_the_data(domains: Path, tmp_path: Pa
     model, sums = copy.deepcopy(trainer.model).eval(), torch.zeros(CLASSES, 8)
     stream = trainer_module.INIT_STREAM
     assert stream != 0
-    batches = list(make_loader(trainer.sources, config.data, config.seed, 0, 6, stream=stream, strong=False))
+    loader = make_loader(trainer.sources, config.data, config.seed, 0, 6, stream=stream, strong=lambda batch: ())
+    batches = fed(loader)
     with torch.no_grad():
         for images, labels in batches:
             feature = model.encoder(images.flatten(0, 1)).feature
@@ -211,7 +229,7 @@ def test_one_source_is_taken_twice_by_meta_learning(domains: Path, tmp_path: Pat
     trainer = Trainer(config)
     assert [domain.name for domain in trainer.sources] == ["alpha"] * times
     assert trainer.sources[0] is trainer.sources[-1]
-    images, _ = next(trainer._batches())
+    images, _ = next(trainer._feed())
     assert len(images) == times
     if times == 2:
         assert not torch.equal(images[0], images[1])
@@ -233,8 +251,8 @@ def test_strong_domains_are_positions(
 ) -> None:
     config = tiny_config(domains, tmp_path, {"data.sources": sources, "meta.mode": mode, "data.strong_domains": strong})
     validate(config)
-    loader = Trainer(config)._batches()
-    assert len(next(loader)[0]) == last + 1
+    feed = Trainer(config)._feed()
+    assert len(next(feed)[0]) == last + 1
     config.data.strong_domains = [last + 1]
     with pytest.raises(
         ConfigError, match=f"strong_domains: no position {last + 1}: data.sources has positions 0..{last}"
@@ -245,7 +263,7 @@ def test_strong_domains_are_positions(
 def test_a_strong_position_changes_that_copy_alone(domains: Path, tmp_path: Path) -> None:
     def first(strong: list[int]) -> Tensor:
         options = {"data.sources": ["alpha"], "data.strong_domains": strong, "data.jitter": 0.0}
-        return next(Trainer(tiny_config(domains, tmp_path, options))._batches())[0]
+        return next(Trainer(tiny_config(domains, tmp_path, options))._feed())[0]
 
     weak, strong = first([]), first([1])
     assert torch.equal(weak[0], strong[0]) and not torch.equal(weak[1], strong[1])
