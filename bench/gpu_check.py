@@ -2,9 +2,9 @@
 
 Works with the packages of the interpreter that runs it (torch, triton, pytest, hypothesis, numpy, pillow, pyyaml, tqdm,
 safetensors, setuptools, pybind11, ninja; nvcc on the path), in an environment of its own that sees them.  Writes
-``<device>.json`` (versions, every step with its time and the end of its output, the records of bench/memory_ops.py and
-bench/meta_step.py) and ``<device>.md``, a short table.  A step that fails or runs out of time does not stop the others;
-the exit status is 1.
+``<device>.json`` (versions, every step with its time and the end of its output, the records of bench/memory_ops.py,
+bench/meta_step.py and bench/photometric.py) and ``<device>.md``, a short table.  A step that fails or runs out of time
+does not stop the others; the exit status is 1.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def steps(scratch: Path) -> list[tuple[str, list[object], int]]:
         ("tests", [*test, "-m", "gpu and not slow", "tests"], 200),
         ("meta_step", [PYTHON, *meta_step, "--json", scratch / "meta_step.json"], 150),
         ("memory_ops", [PYTHON, "bench/memory_ops.py", "--limit", "100", "--json", scratch / "memory_ops.json"], 130),
+        ("photometric", [PYTHON, "bench/photometric.py", "--json", scratch / "photometric.json"], 60),
         ("memcheck", [*sanitize, "memcheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
         ("racecheck", [*sanitize, "racecheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
         ("slow tests", [*test, "-m", "gpu and slow", "tests"], 120),
@@ -150,7 +151,7 @@ def commit() -> str:
 
 def measured(scratch: Path) -> dict[str, object]:
     """The benches' records, where they got so far."""
-    files = {name: scratch / f"{name}.json" for name in ("memory_ops", "meta_step")}
+    files = {name: scratch / f"{name}.json" for name in ("memory_ops", "meta_step", "photometric")}
     found: dict[str, object] = {}
     for name, file in files.items():
         # absent, or half written by a step that ran out of time
@@ -185,6 +186,9 @@ def table(record: dict) -> str:
             cells = [row["op"], row["size"], row["dtype"], row["backend"], row["pass"], number(row["median_ms"])]
             ratios = ("bandwidth_share", "ratio_released", "ratio_reference")
             lines.append("| " + " | ".join(cells + [number(row.get(name)) for name in ratios]) + " |")
+    if rows := record.get("photometric"):
+        lines += ["", "| photometric | look | ms an image |", "|---|---|---|"]
+        lines += [f"| {row['backend']} | {row['look']} | {number(row['ms_per_image'])} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

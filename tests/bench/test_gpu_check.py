@@ -17,7 +17,9 @@ def test_dry_run_lists_what_exists():
     command = [sys.executable, "bench/gpu_check.py", "--dry-run"]
     run = subprocess.run(command, cwd=repository.ROOT, capture_output=True, text=True, check=True)
     names = [line.split(" (")[0] for line in run.stdout.splitlines()]
-    assert names[:3] == ["build", "doctor", "tests"] and {"memory_ops", "meta_step", "memcheck"} <= set(names)
+    assert names[:3] == ["build", "doctor", "tests"] and {"memory_ops", "meta_step", "photometric", "memcheck"} <= set(
+        names
+    )
     for line in run.stdout.splitlines():
         for word in line.split():
             if word.startswith("bench/"):
@@ -52,11 +54,14 @@ def test_record_and_table(tmp_path):
     iteration = {"variant": "order2_bf16", "images_per_s": 25.0, "seconds_per_step": 0.32, "peak_bytes": 12.5e9}
     iteration |= {"ratio_released": 4.5, "ratio_released_no_anomaly": None}
     (tmp_path / "meta_step.json").write_text(json.dumps([iteration]))
-    assert gpu_check.measured(tmp_path) == {"memory_ops": [row], "meta_step": [iteration]}
+    look = {"backend": "cuda", "look": "both", "ms_per_image": 0.0456}
+    (tmp_path / "photometric.json").write_text(json.dumps([look]))
+    found = gpu_check.measured(tmp_path)
+    assert found == {"memory_ops": [row], "meta_step": [iteration], "photometric": [look]}
     step = {"name": "build", "status": "ok", "seconds": 60.0, "output": ""}
-    record = {"device": "A GPU", "date": "2030-01-01", "commit": "0" * 40, "steps": [step], "memory_ops": [row]}
-    record["meta_step"] = [iteration]
+    record = {"device": "A GPU", "date": "2030-01-01", "commit": "0" * 40, "steps": [step], **found}
     table = gpu_check.table(record)
     assert "| build | ok | 60.0 |" in table
     assert "| memory_read | paper | float32 | triton | fwd | 0.0213 | 0.8 |  | 12 |" in table
     assert "| order2_bf16 | 25 | 0.32 | 12.5 | 4.5 |  |" in table
+    assert "| cuda | both | 0.0456 |" in table
