@@ -8,6 +8,7 @@ compared with the released one: same labels, same crops but for rounding, same l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -81,9 +82,11 @@ def cpu_seconds() -> float:
     """User and system time of this process and of all its child processes, running or ended."""
     total = 0.0
     for child in multiprocessing.active_children():
-        # what follows the name in brackets; counted from 1, utime and stime are fields 14 and 15
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        # one that ends just now is among those that have ended
+        with contextlib.suppress(FileNotFoundError):
+            # what follows the name in brackets; counted from 1, utime and stime are fields 14 and 15
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         used = resource.getrusage(who)
         total += used.ru_utime + used.ru_stime

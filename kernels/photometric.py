@@ -145,8 +145,10 @@ def grey_kernel(images, looks, sums, size, w, PARTS: tl.constexpr, BLOCK: tl.con
 def _store(p_out, b_red, b_green, b_blue, i_image, o_pixel, m_pixel, size):
     p_red = p_out + i_image.to(tl.int64) * 3 * size + o_pixel
     tl.store(p_red, b_red.to(p_out.dtype.element_ty), mask=m_pixel)
-    tl.store(p_red + size, b_green.to(p_out.dtype.element_ty), mask=m_pixel)
-    tl.store(p_red + 2 * size.to(tl.int64), b_blue.to(p_out.dtype.element_ty), mask=m_pixel)
+    # step by step: twice the size may be too large for 32 bits, and a size of 1 is a constant that has no type
+    p_green = p_red + size
+    tl.store(p_green, b_green.to(p_out.dtype.element_ty), mask=m_pixel)
+    tl.store(p_green + size, b_blue.to(p_out.dtype.element_ty), mask=m_pixel)
 
 
 @triton.jit
@@ -170,13 +172,18 @@ def change_kernel(images, looks, greys, scale, shift, out, size, w, NORMALISE: t
 
 
 @triton.jit
-def down_kernel(levels, weights, radii, out, size, h, w, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
-    """Blur of each plane down its columns; edge pixels are repeated."""
+def _plane(weights, radii, size, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's plane and pixels: where the plane begins, its pixels, which there are, the centre tap, the radius."""
     i_plane = tl.program_id(1)
     o_pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_pixel = o_pixel < size
-    p_plane, p_centre = i_plane.to(tl.int64) * size, weights + (i_plane // 3) * (2 * CENTRE + 1) + CENTRE
-    radius = tl.load(radii + i_plane // 3)
+    p_centre = weights + (i_plane // 3) * (2 * CENTRE + 1) + CENTRE
+    return i_plane.to(tl.int64) * size, o_pixel, o_pixel < size, p_centre, tl.load(radii + i_plane // 3)
+
+
+@triton.jit
+def down_kernel(levels, weights, radii, out, size, h, w, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
+    """Blur of each plane down its columns; edge pixels are repeated."""
+    p_plane, o_pixel, m_pixel, p_centre, radius = _plane(weights, radii, size, CENTRE, BLOCK)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for i_tap in range(-radius, radius + 1):
         o_y = tl.minimum(tl.maximum(o_pixel // w + i_tap, 0), h - 1)
@@ -188,17 +195,13 @@ def down_kernel(levels, weights, radii, out, size, h, w, CENTRE: tl.constexpr, B
 @triton.jit
 def across_kernel(down, weights, radii, scale, shift, out, size, w, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
     """Blur of each plane across its rows, rounded and normalised."""
-    i_plane = tl.program_id(1)
-    o_pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_pixel = o_pixel < size
-    p_plane, p_centre = i_plane.to(tl.int64) * size, weights + (i_plane // 3) * (2 * CENTRE + 1) + CENTRE
-    radius = tl.load(radii + i_plane // 3)
+    p_plane, o_pixel, m_pixel, p_centre, radius = _plane(weights, radii, size, CENTRE, BLOCK)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for i_tap in range(-radius, radius + 1):
         o_x = tl.minimum(tl.maximum(o_pixel % w + i_tap, 0), w - 1)
         b_level = tl.load(down + p_plane + (o_pixel // w) * w + o_x, mask=m_pixel, other=0.0)
         b_sum += b_level * tl.load(p_centre + i_tap)
-    i_channel = i_plane % 3
+    i_channel = tl.program_id(1) % 3
     factor = tl.where(i_channel == 0, scale[0], tl.where(i_channel == 1, scale[1], scale[2]))
     offset = tl.where(i_channel == 0, shift[0], tl.where(i_channel == 1, shift[1], shift[2]))
     tl.store(out + p_plane + o_pixel, _round(b_sum) * factor - offset, mask=m_pixel)

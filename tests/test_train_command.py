@@ -72,7 +72,7 @@ def test_training_and_resuming(roots: list[str], tmp_path: Path) -> None:
     assert told == f"{out}: trained; test it with  python -m pmm_fast.evaluate {out}\n"
     assert "agg, no meta-learning; deeplabv3plus_mobilenet_v2 on cpu; backbone mobilenet_v2: random weights\n" in err
     assert all(f"source {root}: 4 images, labels: ids of {SPACE}; " in err for root in roots)
-    assert "loader: torch (as asked)\n" in err
+    assert "loader: torch (as asked); crops: " in err
     assert pmm_fast.load(out, label_space=SPACE).architecture == "deeplabv3plus_mobilenet_v2"
     train.main([*argv, "--resume", "--iterations", "3"])
     lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -90,7 +90,7 @@ def test_generated_streets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     err = capsys.readouterr().err
     assert "pinmem, order 2 (exact)" in err
     assert all(f"source streets/{name}: 2 images, " in err for name in ("noon", "suburb", "overcast"))
-    assert "loader: dali (DALI is installed)\n" in err or "loader: torch (DALI is not installed" in err
+    assert "loader: dali (DALI is installed); crops: " in err or "loader: torch (DALI is not installed" in err
     assert pmm_fast.load(tmp_path / "run", label_space="cityscapes19").num_classes == 19
 
 

@@ -21,14 +21,15 @@ def leave_one_out(config: Config) -> Config:
     name, sources = config.data.leave_out, config.data.sources
     if not name:
         return config
-    if name not in sources:
+    kept = [position for position, source in enumerate(sources) if source.rstrip("/") != name.rstrip("/")]
+    if len(kept) == len(sources):
         hint = suggest(name, sources)
         raise ConfigError(f"data.leave_out: expected one of data.sources ({', '.join(sources)}), got {name!r}{hint}")
-    kept = [position for position, source in enumerate(sources) if source != name]
     if not kept:
         raise ConfigError(f"data.leave_out: {name} is the only source; nothing would be left to train on")
     # positions that are out of range stay so, for the check of the option to refuse
-    strong = [kept.index(p) if p in kept else p for p in config.data.strong_domains if p >= len(sources) or p in kept]
+    inside = range(len(sources))
+    strong = [kept.index(p) if p in kept else p for p in config.data.strong_domains if p in kept or p not in inside]
     data = dataclasses.replace(
         config.data, leave_out="", sources=[sources[p] for p in kept], unseen=[name], strong_domains=strong
     )

@@ -72,7 +72,7 @@ class DataConfig:
         False, "the meta-test domains of each iteration get the strong jitter, besides strong_domains"
     )
     loader: Literal["auto", "dali", "torch"] = option(
-        "auto", "auto: DALI where it is installed, else torch; both give the same crops"
+        "auto", "auto: DALI where it is installed, else torch; on a CPU both give the same bits"
     )
     workers: int = option(2, "loading processes (torch) or threads (DALI)")
     streets_images: int = option(160, "generated training images a domain")

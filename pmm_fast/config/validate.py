@@ -94,6 +94,11 @@ def validate(config: Config, training: bool = True) -> None:
     ]
     if config.data.strong_meta_test and config.meta.mode not in META_MODES:
         problems.append(f"data.strong_meta_test: mode {config.meta.mode} has no meta-test domains")
+    if config.data.leave_out:
+        problems.append(
+            f"data.leave_out: only training and verify by command carry it out; it is still {config.data.leave_out!r} "
+            "(config.leave_one_out does it)"
+        )
     problems += _overlap_problems(config) + (_source_problems(config) if training else [])
     if problems:
         raise ConfigError("; ".join(problems))

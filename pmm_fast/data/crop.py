@@ -52,12 +52,19 @@ def resized_crop(
         out: uint8 ``[h, w, 3]``, C-contiguous, receives the crop.
 
     Raises:
-        ValueError: an array of another type, shape or layout.
+        ValueError: an array of another type, shape or layout, or a part that is too small.
     """
+    needed = footprint(size, window)
+    if not (0 <= box[0] <= needed[0] and 0 <= box[1] <= needed[1] and needed[2] <= box[2] and needed[3] <= box[3]):
+        raise ValueError(f"part: expected at least {needed} of the image (left, top, right, bottom), got {box}")
+    if box[2] > size[0] or box[3] > size[1]:
+        raise ValueError(f"part: expected to lie in the image of {size[0]}x{size[1]}, got {box}")
     height, width = box[3] - box[1], box[2] - box[0]
     for name, array, shape in (("part", part, (height, width, 3)), ("out", out, (*window.size[::-1], 3))):
         if array.dtype != np.uint8 or array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(f"{name}: expected contiguous uint8 {list(shape)}, got {array.dtype} {list(array.shape)}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected an array that can be written to")
     if crop_backend() == "Pillow":
         pixels = np.asarray(resample(Image.fromarray(part), size, box, window))
         out[:] = pixels[:, ::-1] if mirror else pixels

@@ -12,20 +12,23 @@ A thread prepares batches ahead, at most ``PREFETCH`` of them.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
-from PIL import Image
 
 from pmm_fast.data.crop import resized_crop
-from pmm_fast.data.folder import DataError, FolderDomain
+from pmm_fast.data.files import DataError, read_size
+from pmm_fast.data.folder import FolderDomain
 from pmm_fast.data.loader import PREFETCH
 from pmm_fast.data.sampling import Batch, Iterations, Key, Sampling
 from pmm_fast.data.transforms import Draw, crop_labels, footprint
@@ -68,8 +71,10 @@ class DaliLoader:
         return _Ahead(self._batches())
 
     def _batches(self) -> Generator[Batch]:
-        with ThreadPoolExecutor(self._workers) as pool:
-            assembly = Assembly(self._iterations.sampling, self._workers, self._device, pool)
+        with (
+            ThreadPoolExecutor(self._workers) as pool,
+            closing(Assembly(self._iterations.sampling, self._workers, self._device, pool)) as assembly,
+        ):
             for keys in self._iterations:
                 yield assembly.batch(keys)
 
@@ -77,28 +82,13 @@ class DaliLoader:
 class _Ahead(Iterator[Batch]):
     """Runs a generator in a thread, at most ``PREFETCH`` results ahead; an error arrives in its place."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, batches: Generator[Batch]) -> None:
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(batches,), name="pmm_fast loader", daemon=True)
+        # a function that does not know this object: it must be able to die while the thread runs
+        arguments = (batches, self._ready, self._stop)
+        self._thread = threading.Thread(target=_run, args=arguments, name="pmm_fast loader", daemon=True)
         self._thread.start()
-
-    def _run(self, batches: Iterator[Batch]) -> None:
-        try:
-            for batch in batches:
-                self._put(batch)
-                if self._stop.is_set():
-                    return
-            self._put(StopIteration())
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
 
     def __next__(self) -> Batch:
         if self._stop.is_set():
@@ -106,9 +96,13 @@ class _Ahead(Iterator[Batch]):
         item = self._ready.get()
         if isinstance(item, BaseException):
             self.close()
-            raise item
+            try:
+                raise item
+            finally:
+                # its traceback holds this frame, and this frame would hold it
+                del item
         if item.images.is_cuda:
-            # made on the thread's stream; its memory must not be reused while the caller's works on it
+            # made on the loader's stream; its memory must not be reused while the caller's works on it
             item.images.record_stream(torch.cuda.current_stream(item.images.device))
         return item
 
@@ -119,6 +113,27 @@ class _Ahead(Iterator[Batch]):
 
     def __del__(self) -> None:
         self._stop.set()
+
+
+def _run(batches: Generator[Batch], ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
+    """The thread: batches into the queue while there is room, until all are made, one fails, or it is stopped."""
+
+    def put(item: Batch | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    try:
+        with closing(batches):
+            for batch in batches:
+                put(batch)
+                if stop.is_set():
+                    return
+        put(StopIteration())
+    except BaseException as error:
+        put(error)
 
 
 class Assembly:
@@ -142,8 +157,14 @@ class Assembly:
     ) -> None:
         self._sampling, self._threads, self._device, self._pool = sampling, threads, device, pool
         self._resize = device.type == "cuda" if resize is None else resize
+        # one for all batches: torch has few, and keeps memory apart by stream
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipeline: Pipeline | None = None
-        self._headers: dict[str, tuple[int, int]] = {}
+        self._sizes: dict[Path, tuple[int, int]] = {}
+
+    def close(self) -> None:
+        """Let go of DALI's pipeline here and now: its threads would not survive a fork that collects it later."""
+        self._pipeline = None
 
     def batch(self, keys: Sequence[Key]) -> Batch:
         """The batch of an iteration's keys.
@@ -159,12 +180,7 @@ class Assembly:
         pending = [
             self._pool.submit(_read_labels, sample, out.numpy()) for sample, out in zip(samples, labels, strict=True)
         ]
-        try:
-            images = self._images(samples)
-        finally:
-            # nobody may write into memory that an error has given back
-            for future in pending:
-                future.exception()
+        images = self._images(samples)
         for future in pending:
             future.result()
         domains = len(self._sampling.domains)
@@ -179,18 +195,12 @@ class Assembly:
 
     def _size(self, domain: FolderDomain, index: int) -> tuple[int, int]:
         path = domain.pairs[index][0]
-        if (known := self._headers.get(str(path))) is not None:
-            return known
-        try:
-            with Image.open(path) as image:
-                size, mode = image.size, image.mode
-        except (OSError, SyntaxError):
-            size, mode = (0, 0), "F"
-        if mode.startswith(("I", "F")):
-            # no image, or one of 16 bits, which DALI would take: refused in the words of the reader
-            size = _named(domain, index).size
-        self._headers[str(path)] = size
-        return size
+        if path not in self._sizes:
+            try:
+                self._sizes[path] = read_size(path)
+            except DataError as error:
+                raise DataError(f"domain {domain.name!r}: {error}") from error
+        return self._sizes[path]
 
     def _images(self, samples: Sequence[Sample]) -> torch.Tensor:
         """uint8 ``[N, h, w, 3]`` on the device."""
@@ -200,12 +210,14 @@ class Assembly:
             )
         for name, values in inputs(samples, self._resize).items():
             self._pipeline.feed_input(name, values)
+        fault = None
         try:
             (output,) = self._pipeline.run()
         except RuntimeError as error:
-            for sample in samples:
-                _named(sample.domain, sample.index)
-            raise DataError(f"DALI cannot read a batch that Pillow can: {error}") from error
+            fault = _explain(error, samples)
+        # not from within the handler: DALI's error holds the pipeline by its traceback
+        if fault is not None:
+            raise fault
         if self._resize:
             return self._own(output)
         height, width = self._sampling.augment.crop
@@ -230,20 +242,25 @@ class Assembly:
         """A dense output as a tensor of its own: DALI's memory is the next run's."""
         if self._device.type == "cpu":
             return torch.from_dlpack(output.as_tensor()).clone()
+        assert self._stream is not None
         # on a stream of the loader's, which DALI's tensor makes wait for its own, and training never waits for
-        stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream):
             own = torch.from_dlpack(output.as_tensor()).clone()
-        stream.synchronize()
+        self._stream.synchronize()
         return own
 
 
-def _named(domain: FolderDomain, index: int) -> Image.Image:
-    """The image as the domain reads it; its errors name the domain too."""
-    try:
-        return domain.load_image(index)
-    except DataError as error:
-        raise DataError(f"domain {domain.name!r}: {error}") from error
+def _explain(error: RuntimeError, samples: Sequence[Sample]) -> DataError:
+    """What DALI stumbled over, which does not say the file: in the words of the domain's reader, if it does too."""
+    for sample in samples:
+        try:
+            sample.domain.load_image(sample.index)
+        except DataError as reason:
+            return DataError(f"domain {sample.domain.name!r}: {reason}")
+    files = ", ".join(dict.fromkeys(str(sample.domain.pairs[sample.index][0]) for sample in samples))
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = lines[lines.index("encountered:") + 2] if "encountered:" in lines[:-2] else lines[0]
+    return DataError(f"DALI failed on one of {files}, which Pillow can read (--loader torch does): {said}")
 
 
 def _read_labels(sample: Sample, out: np.ndarray) -> None:
@@ -264,7 +281,7 @@ def inputs(samples: Sequence[Sample], resize: bool) -> dict[str, list[np.ndarray
     for sample in samples:
         path, _ = sample.domain.pairs[sample.index]
         left, top, right, bottom = sample.part
-        feed("path", np.frombuffer(str(path).encode(), np.uint8), np.uint8)
+        feed("path", np.frombuffer(os.fsencode(path), np.uint8), np.uint8)
         feed("start", (top, left), np.int32)
         feed("shape", (bottom - top, right - left), np.int32)
         if not resize:
@@ -287,7 +304,7 @@ def build_pipeline(batch: int, crop: tuple[int, int], threads: int, device: torc
         A pipeline of one output, uint8 ``[h, w, 3]`` a sample (the footprint's size without ``resize``).
     """
     on_gpu = device.type == "cuda"
-    index = (device.index or 0) if on_gpu else None
+    index = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
     # batches are kept ahead by the thread; each run is then one batch from beginning to end
     pipeline = Pipeline(batch, threads, index, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False)
     with pipeline:
@@ -298,7 +315,7 @@ def build_pipeline(batch: int, crop: tuple[int, int], threads: int, device: torc
             axes=(0, 1),
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
-            # as Pillow decodes them
+            # as Pillow decodes them; the second is for GPUs, a CPU does it anyway
             adjust_orientation=False,
             jpeg_fancy_upsampling=True,
         )

@@ -72,12 +72,28 @@ def read_image(path: Path) -> Image.Image:
         The decoded PIL image in mode RGB.
 
     Raises:
-        DataError: it is missing, damaged, or a 16-bit single-channel image.
+        DataError: it is missing, damaged, or has 16 bits a channel.
     """
-    image, _ = _decode(path)
-    if image.mode.startswith(("I", "F")):
-        raise DataError(f"{path}: expected an 8-bit image, got mode {image.mode}; convert it to 8 bits a channel")
+    image, depth = _decode(path)
+    _check_image(path, image.mode, depth)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file, from its header.
+
+    Raises:
+        DataError: it is missing or no image, or has 16 bits a channel.
+    """
+    image, depth = _decode(path, load=False)
+    _check_image(path, image.mode, depth)
+    return image.size
+
+
+def _check_image(path: Path, mode: str, depth: int) -> None:
+    if depth == 16 or mode.startswith(("I", "F")):
+        found = f"mode {mode}" if mode.startswith(("I", "F")) else f"16 bits, mode {mode}"
+        raise DataError(f"{path}: expected an 8-bit image, got {found}; convert it to 8 bits a channel")
 
 
 def read_labels(path: Path, label_format: LabelFormat, source: str, target: str) -> np.ndarray:
@@ -107,8 +123,8 @@ def read_labels(path: Path, label_format: LabelFormat, source: str, target: str)
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
-def _decode(path: Path, low_bytes: bool = False) -> tuple[Image.Image, int]:
-    """The decoded image and, for a PNG, its bits a channel (8 for other formats).
+def _decode(path: Path, low_bytes: bool = False, load: bool = True) -> tuple[Image.Image, int]:
+    """The image, decoded unless ``load`` is false, and, for a PNG, its bits a channel (8 for other formats).
 
     ``low_bytes``: of a 16-bit RGB PNG take the low byte of each value, which Pillow drops otherwise.
     """
@@ -120,7 +136,8 @@ def _decode(path: Path, low_bytes: bool = False) -> tuple[Image.Image, int]:
             if low_bytes:
                 # PNG has the high byte first; read as if it came last, the one that is kept is the low one
                 image.tile = [(*image.tile[0][:3], "RGB;16L")]  # type: ignore[list-item]
-            image.load()
+            if load:
+                image.load()
     except _DECODER_ERRORS as error:
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     return image, head[24] if head.startswith(b"\x89PNG") else 8

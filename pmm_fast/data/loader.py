@@ -41,7 +41,7 @@ class Loader(Protocol):
         """Number of batches."""
 
     def __iter__(self) -> Batches:
-        """Start loading."""
+        """Its batches from the first; loading starts now or with the first that is asked for."""
 
 
 class _Failure(NamedTuple):

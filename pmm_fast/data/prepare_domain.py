@@ -134,21 +134,21 @@ def prepare_domain(
     check_target(folder, listings)
     options = _options(folder.name, listings, settings)
     partial = folder.with_name(folder.name + PARTIAL)
-    if folder.exists():
-        _compare(folder, options)
-        known = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
-        skipped = [Fault(**fault) for fault in known["skipped"]]
-        if not any(_missing(writer) for writer in _writers(listings, folder, settings, skipped).values()):
-            return Result(folder, known["counts"], skipped, True, 0)
-        # from here on it is not complete
-        (folder / PREPARED).unlink()
-        os.replace(folder, partial)
-    elif partial.exists() and any(partial.iterdir()):
-        _compare(partial, options)
-    else:
-        partial.mkdir(parents=True, exist_ok=True)
-        _write_json(partial / OPTIONS, options)
-    with _alone(partial):
+    with _alone(folder):
+        if folder.exists():
+            _compare(folder, options)
+            known = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+            skipped = [Fault(**fault) for fault in known["skipped"]]
+            if not any(_missing(writer) for writer in _writers(listings, folder, settings, skipped).values()):
+                return Result(folder, known["counts"], skipped, True, 0)
+            # from here on it is not complete
+            (folder / PREPARED).unlink()
+            os.replace(folder, partial)
+        elif partial.exists() and any(partial.iterdir()):
+            _compare(partial, options)
+        else:
+            partial.mkdir(exist_ok=True)
+            _write_json(partial / OPTIONS, options)
         return _fill(partial, folder, listings, options, settings, workers, skip_faulty)
 
 
@@ -240,13 +240,22 @@ def _compare(folder: Path, options: dict[str, Any]) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second run; the system lets go of it however this one ends."""
-    with open(folder / OPTIONS, "rb") as file:
+    """Hold a folder against a second run, by a file beside it; the system lets go of the lock however this run ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    # to be written to, though nothing is: network file systems lock nothing else
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a run that was about to end may have removed what was opened here
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError
         except BlockingIOError:
             raise DataError(f"another run is writing {folder}") from None
-        yield
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

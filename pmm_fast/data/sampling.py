@@ -90,8 +90,8 @@ class Iterations:
         ranks: in how many parts a batch is divided, between processes that train together.
 
     Raises:
-        ValueError: a range that makes no sense, a strong domain that does not exist, or a batch that the ranks cannot
-            share evenly.
+        ValueError: a range or rank that makes no sense, a strong domain that does not exist, or a batch that the ranks
+            cannot share evenly.
     """
 
     def __init__(
@@ -114,6 +114,8 @@ class Iterations:
                 )
         if config.batch_per_domain < 1:
             raise ValueError(f"data.batch_per_domain: expected 1 or more, got {config.batch_per_domain}")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank: expected 0..{ranks - 1}, one of {ranks} processes, got {rank}")
         if config.batch_per_domain % ranks:
             raise ValueError(
                 f"data.batch_per_domain: expected a multiple of {ranks}, the number of processes that share a batch, "

@@ -17,7 +17,7 @@ from pmm_fast.data.transforms import MEAN, STD
 class Feed:
     """Iterates over a loader, and knows how long it was waited for.
 
-    Loading starts at once; :meth:`close` ends it.
+    :meth:`close` ends it.
 
     Args:
         loader: gives ``Batch``.

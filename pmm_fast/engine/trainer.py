@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pmm_fast import meta
 from pmm_fast.config import Config, describe_order, to_dict, to_yaml
 from pmm_fast.data import choose_loader, make_loader
+from pmm_fast.data.crop import crop_backend
 from pmm_fast.data.loader import Loader
 from pmm_fast.data.sampling import Strong
 from pmm_fast.engine import build, checkpoint
@@ -78,7 +79,7 @@ class Trainer:
         method = f"{config.meta.mode}, {describe_order(config)}"
         self._say(f"{method}; {config.model.architecture} on {self._where()}; {backbone}")
         loader, reason = choose_loader(config.data.loader)
-        self._say(f"loader: {loader} ({reason})")
+        self._say(f"loader: {loader} ({reason}); crops: {crop_backend()}")
         for domain in {domain.name: domain for domain in self.sources}.values():
             self._say(f"source {domain.describe()}")
 
@@ -225,12 +226,12 @@ class Trainer:
         hyper = build.create_hyper(config, self.network, inner_lr=0.0)
         assert self.memory is not None
 
-        def flat() -> Iterable[meta.Batch]:
-            with contextlib.closing(Feed(self._loader(0, passes, _none_strong, INIT_STREAM), self.device)) as feed:
-                for images, labels in self._progress(passes, "initialise memory", feed):
-                    yield _take(images, labels, list(range(len(images))))
-
-        memory, mass = meta.initialise_memory(self.params, self.buffers, flat(), self.memory, hyper)
+        with contextlib.closing(Feed(self._loader(0, passes, _none_strong, INIT_STREAM), self.device)) as feed:
+            batches = (
+                _take(images, labels, list(range(len(images))))
+                for images, labels in self._progress(passes, "initialise memory", feed)
+            )
+            memory, mass = meta.initialise_memory(self.params, self.buffers, batches, self.memory, hyper)
         self.memory.copy_(memory)
         unseen = int((mass == 0).sum())
         if unseen:

@@ -58,13 +58,13 @@ def photometric(
 
 @torch.library.custom_op("pmm_fast::photometric", mutates_args=())
 def _forward(images: Tensor, looks: Tensor, mean: Sequence[float], std: Sequence[float], backend: str) -> Tensor:
-    if images.numel() == 0:
-        return _empty(images)
     radius, contrast = MAX_RADIUS, True
     if looks.device.type == "cpu":
         rows = read_looks(_NAME, looks)
-        radius = max(blur_radius(row[SIGMA]) for row in rows)
+        radius = max((blur_radius(row[SIGMA]) for row in rows), default=0)
         contrast = any(CONTRAST in row[ORDER] for row in rows)
+    if images.numel() == 0:
+        return _empty(images)
     else:
         assert_looks(_NAME, looks)
     if looks.device != images.device:

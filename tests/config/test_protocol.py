@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from pmm_fast.config import ConfigError, describe_protocol, from_dict, leave_one_out, load_preset, parse_command_line
+from pmm_fast import meta
+from pmm_fast.config import (
+    ConfigError,
+    describe_protocol,
+    from_dict,
+    leave_one_out,
+    load_preset,
+    parse_command_line,
+    validate,
+)
+from pmm_fast.config.protocol import META_MODES
 
 
 def config(**data: object):
@@ -13,12 +23,20 @@ def config(**data: object):
 
 @pytest.mark.parametrize(
     ("strong", "left", "expected"),
-    [([], "b", []), ([0, 2], "b", [0, 1]), ([1], "b", []), ([0, 1], "a", [0]), ([7], "a", [7])],
+    [
+        ([], "b", []),
+        ([0, 2], "b", [0, 1]),
+        ([1], "b", []),
+        ([0, 1], "a", [0]),
+        ([7], "a", [7]),
+        ([-1], "a", [-1]),
+        ([0], "b/", [0]),
+    ],
 )
 def test_leave_one_out(strong: list[int], left: str, expected: list[int]) -> None:
     before = config(leave_out=left, strong_domains=strong)
     after = leave_one_out(before)
-    assert after.data.sources == [name for name in "abc" if name != left] and after.data.unseen == [left]
+    assert after.data.sources == [name for name in "abc" if name != left[0]] and after.data.unseen == [left]
     assert after.data.strong_domains == expected and after.data.leave_out == ""
     # what was given is as it was; what is resolved stays so
     assert before.data.leave_out == left and leave_one_out(after) is after
@@ -32,6 +50,16 @@ def test_what_cannot_be_left_out() -> None:
     # twice the same is one domain
     with pytest.raises(ConfigError, match=r"a is the only source"):
         leave_one_out(config(sources=["a", "a"], leave_out="a"))
+
+
+def test_what_nobody_carried_out_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^data\.leave_out: only training and verify.* carry it out; .* still 'a'"):
+        validate(config(leave_out="a"))
+
+
+def test_modes_with_meta_learning_are_those_of_the_step() -> None:
+    # two lines of imports that must not meet
+    assert META_MODES == meta.META_MODES
 
 
 def test_leave_one_out_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

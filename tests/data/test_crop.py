@@ -88,3 +88,13 @@ def test_wrong_arrays() -> None:
         resized_crop(good[:, ::-1], (8, 8), box, window, False, out)
     with pytest.raises(ValueError, match=r"^out: expected contiguous uint8 \[4, 4, 3\], got uint8 \[5, 4, 3\]"):
         resized_crop(good, (8, 8), box, window, False, np.empty((5, 4, 3), np.uint8))
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^out: expected an array that can be written to"):
+        resized_crop(good, (8, 8), box, window, False, out)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 4, 4), (-1, 0, 7, 8), (3, 3, 101, 100), (40, 0, 100, 100)])
+def test_a_part_that_is_too_small_or_elsewhere(box: tuple[int, int, int, int]) -> None:
+    part, out = np.zeros((box[3] - box[1], box[2] - box[0], 3), np.uint8), np.empty((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"^part: expected "):
+        resized_crop(part, (100, 100), box, Window((100, 100), 30, 30, (4, 4)), False, out)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +19,10 @@ from pmm_fast.config.schema import DataConfig
 from pmm_fast.data.folder import DataError, FolderDomain, open_domain
 from pmm_fast.data.loader import PREFETCH, make_loader
 from pmm_fast.data.sampling import Iterations, Sampling
+from tests.data.trees import write_png16
 
 pytest.importorskip("nvidia.dali")
-from pmm_fast.data.dali import Assembly
+from pmm_fast.data.dali import Assembly, build_pipeline
 
 CPU = torch.device("cpu")
 # a crop that DALI resamples, against Pillow's: mean difference, and the share of values that are more than 3 levels
@@ -141,9 +145,10 @@ def test_on_a_gpu(photos: FolderDomain) -> None:
         (lambda path: path.write_bytes(b"rubbish"), r"a\.png: cannot be read as an image"),
         (lambda path: path.unlink(), r"a\.png: cannot be read as an image: .*No such file"),
         (lambda path: Image.new("I;16", (90, 60)).save(path), r"a\.png: expected an 8-bit image, got mode I;16"),
+        (lambda path: write_png16(path, np.zeros((60, 90, 3), int)), r"a\.png: expected .*, got 16 bits, mode RGB"),
         (lambda path: scene(60, 91).save(path), r"image and label differ in size: .*a\.png is 91x60.*is 90x60"),
     ],
-    ids=["truncated", "rubbish", "missing", "16 bits", "size"],
+    ids=["truncated", "rubbish", "missing", "16 bits grey", "16 bits", "size"],
 )
 def test_faults_are_named(tmp_path: Path, damage, message: str) -> None:
     domain = make_folder(tmp_path / "town", {"a.png": scene(60, 90)})
@@ -177,7 +182,7 @@ def test_loading_runs_ahead_by_a_few_batches_and_can_be_stopped(
     made = []
     original = Assembly.batch
     monkeypatch.setattr(Assembly, "batch", lambda self, keys: made.append(keys) or original(self, keys))
-    batches = iter(make_loader([photos], config(loader="dali"), 5, 0, 50))
+    batches = iter(make_loader([photos], config(loader="dali"), 5, 0, 10**6))
     next(batches)
     deadline = time.monotonic() + 10
     while len(made) < 1 + PREFETCH + 1 and time.monotonic() < deadline:
@@ -186,6 +191,58 @@ def test_loading_runs_ahead_by_a_few_batches_and_can_be_stopped(
     # one taken, the queue full, one waiting to be put
     assert len(made) == 1 + PREFETCH + 1 and len(_running()) == 1
     batches.close()
-    assert not _running()
+    assert not _running() and len(made) == 1 + PREFETCH + 1
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_a_loop_that_is_left_ends_the_loading(photos: FolderDomain) -> None:
+    batches = iter(make_loader([photos], config(loader="dali"), 5, 0, 10**6))
+    for _ in batches:
+        break
+    (thread,) = _running()
+    del batches
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_no_pipeline_outlives_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collected in a process that was forked later, a pipeline would wait for threads that are not there."""
+    built: list[weakref.ref] = []
+
+    def build(*arguments: object) -> object:
+        pipeline = build_pipeline(*arguments)  # type: ignore[arg-type]
+        built.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr("pmm_fast.data.dali.build_pipeline", build)
+    domain = make_folder(tmp_path / "town", {"a.png": scene(60, 90)})
+    path = domain.pairs[0][0]
+    path.write_bytes(path.read_bytes()[:-2000])
+    gc.disable()
+    try:
+        with pytest.raises(DataError) as caught:
+            load("dali", domain)
+        assert len(built) == 1 and built[0]() is None and caught.value is not None
+    finally:
+        gc.enable()
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    domain = make_folder(tmp_path / "town", {"a.png": scene(60, 90)})
+    image, labels = domain.pairs[0]
+    strange = Path(os.fsdecode(os.fsencode(image.parent) + b"/gr\xfcn.png"))
+    image.rename(strange)
+    assert_same(FolderDomain(**{**vars(domain), "pairs": [(strange, labels)]}))
+
+
+def test_what_dali_alone_cannot_read(tmp_path: Path) -> None:
+    domain = make_folder(tmp_path / "town", {"a.png": scene(60, 90)})
+    path = domain.pairs[0][0]
+    scene(60, 90).save(path, "GIF")
+    load("torch", domain)
+    with pytest.raises(
+        DataError, match=rf"^DALI failed on one of {path}, which Pillow can read .*--loader torch.*: ."
+    ) as e:
+        load("dali", domain)
+    assert "\n" not in str(e.value)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pmm_fast.data.files import LABEL_FORMATS, DataError, check_encoding, read_image, read_labels
+from pmm_fast.data.files import LABEL_FORMATS, DataError, check_encoding, read_image, read_labels, read_size
 from pmm_fast.data.labels import IGNORE, mapping
 from pmm_fast.data.split_lists import read_list
 from tests.data import trees
@@ -167,9 +167,23 @@ def test_check_encoding() -> None:
         check_encoding("ids", "idd_id", "cityscapes19", "here")
 
 
-def test_16_bit_colour_images_keep_their_high_bytes(tmp_path: Path) -> None:
+def test_16_bit_colour_images_are_refused(tmp_path: Path) -> None:
+    # decoders part over them: some keep the high byte, some round
     trees.write_png16(tmp_path / "a.png", np.full((3, 4, 3), 0x12FF))
-    assert read_image(tmp_path / "a.png").getpixel((1, 1)) == (0x12,) * 3
+    for read in (read_image, read_size):
+        with pytest.raises(DataError, match=r"a\.png: expected an 8-bit image, got 16 bits, mode RGB; convert it"):
+            read(tmp_path / "a.png")
+
+
+def test_the_size_is_in_the_header(tmp_path: Path) -> None:
+    for suffix in ("png", "jpg"):
+        path = tmp_path / f"a.{suffix}"
+        Image.new("RGB", (31, 17)).save(path)
+        path.write_bytes(path.read_bytes()[:-20])
+        assert read_size(path) == (31, 17)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"b\.png: cannot be read as an image"):
+        read_size(tmp_path / "b.png")
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,11 @@ def test_a_batch_that_ranks_cannot_share(domains: list[FolderDomain]) -> None:
         make_loader(domains, config(batch_per_domain=3), 0, 0, 1, rank=1, ranks=2)
 
 
+def test_a_rank_that_is_not_there(domains: list[FolderDomain]) -> None:
+    with pytest.raises(ValueError, match=r"^rank: expected 0\.\.1, one of 2 processes, got 2$"):
+        make_loader(domains, config(batch_per_domain=4), 0, 0, 1, rank=2, ranks=2)
+
+
 def test_continuing_equals_not_stopping(domains: list[FolderDomain], loader: str) -> None:
     whole = batches(domains, 0, 6, loader=loader)
     assert same(whole[4:], batches(domains, 4, 6, loader=loader))

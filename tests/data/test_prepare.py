@@ -17,7 +17,7 @@ from PIL import Image
 
 from pmm_fast.config import ConfigError
 from pmm_fast.config.schema import DataConfig
-from pmm_fast.data import convert_files, prepare, verify
+from pmm_fast.data import convert_files, prepare, prepare_domain, verify
 from pmm_fast.data.datasets import DATASETS
 from pmm_fast.data.files import DataError
 from pmm_fast.data.folder import open_domain
@@ -398,23 +398,24 @@ def test_a_folder_that_was_not_made_here_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first file that is written to the last."""
     source, out = town(tmp_path / "town"), tmp_path / "out"
-    write_whole, refused = convert_files.write_whole, []
+    write_whole, refused = convert_files.write_whole, {}
 
     def write(path: Path, function: object) -> None:
-        if not refused:
-            refused.append(
-                subprocess.run(
-                    [sys.executable, "-m", "pmm_fast.data.prepare", "--domains", str(source), "--out", str(out)],
-                    capture_output=True,
-                    text=True,
-                )
+        if path.name in ("options.json", "n1.png", "prepared.json") and path.name not in refused:
+            refused[path.name] = subprocess.run(
+                [sys.executable, "-m", "pmm_fast.data.prepare", "--domains", str(source), "--out", str(out)],
+                capture_output=True,
+                text=True,
             )
         write_whole(path, function)
 
-    monkeypatch.setattr(convert_files, "write_whole", write)
-    assert run(source, out) == 0
-    assert refused[0].returncode == 2 and "another run is writing" in refused[0].stderr
+    for module in (convert_files, prepare_domain):
+        monkeypatch.setattr(module, "write_whole", write)
+    assert run(source, out) == 0 and len(refused) == 3
+    for second in refused.values():
+        assert second.returncode == 2 and "another run is writing" in second.stderr
 
 
 @pytest.mark.parametrize(

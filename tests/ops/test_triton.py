@@ -184,7 +184,7 @@ def test_compiles_for_a_gpu(dtype):
     kernels = {"forward_kernel", "backward_kernel", "double_backward_kernel", "finish_kernel"}
     if dtype == "float32":
         kernels |= {"grey_kernel", "change_kernel", "down_kernel", "across_kernel"}
-    assert {name for _, name in compiled} == kernels and len(compiled) == (18 if dtype == "float32" else 9), run.stdout
+    assert {name for _, name in compiled} == kernels and len(compiled) == (22 if dtype == "float32" else 9), run.stdout
 
 
 def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], capability: int) -> str:
@@ -244,8 +244,10 @@ def compile_all(dtype: torch.dtype, capability: int) -> None:
     upsample_cross_entropy.double_backward(x, one, x, labels, one, 255, False)
     if dtype == torch.float32:
         name = "photometric"
-        images, looks = torch.empty(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 9)
-        for radius, contrast in ((5, True), (0, False)):
+        looks = torch.zeros(2, 9)
+        # a size of one is compiled as a constant
+        for side, radius, contrast in ((8, 5, True), (8, 0, False), (1, 5, True)):
+            images = torch.empty(2, 3, side, side, dtype=torch.uint8)
             photometric.forward(images, looks, (1.0,) * 3, (0.0,) * 3, radius, contrast, torch.empty(images.shape))
 
 
