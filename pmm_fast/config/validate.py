@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pmm_fast.config.load import ConfigError
 from pmm_fast.config.protocol import META_MODES
-from pmm_fast.config.schema import Config
+from pmm_fast.config.schema import Config, DataConfig, DomainConfig
 
 Rule = tuple[str, Callable[[Any], bool], str]
 
@@ -99,9 +102,32 @@ def validate(config: Config, training: bool = True) -> None:
             f"data.leave_out: only training and verify by command carry it out; it is still {config.data.leave_out!r} "
             "(config.leave_one_out does it)"
         )
+    for name, domain in config.data.domains.items():
+        problems += domain_problems(name, domain)
     problems += _overlap_problems(config) + (_source_problems(config) if training else [])
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def domain_problems(name: str, domain: DomainConfig) -> list[str]:
+    """What is wrong with the definition of a domain, as far as can be told without its files.
+
+    Args:
+        name: its name in ``data.domains``.
+        domain: the definition.
+    """
+    problems = []
+    if domain.dataset and replace(domain, root="", dataset="") != DomainConfig():
+        problems.append(
+            f"data.domains.{name}: with `dataset` only `root` can be given, for folders and labels are then known; "
+            "leave out the rest, or leave out `dataset` and describe the folder"
+        )
+    for key in ("root", "images", "labels", "list_file"):
+        path = getattr(domain, key) or ""
+        for part in re.findall(r"\{[^{}]*\}", path):
+            if part != "{split}":
+                problems.append(f"data.domains.{name}.{key}: expected no braces but {{split}}, got {part} in {path!r}")
+    return problems
 
 
 def _source_problems(config: Config) -> list[str]:
@@ -118,9 +144,24 @@ def _source_problems(config: Config) -> list[str]:
 
 
 def _overlap_problems(config: Config) -> list[str]:
-    both = sorted(
-        {name.rstrip("/") for name in config.data.sources} & {name.rstrip("/") for name in config.data.unseen}
-    )
-    if not both:
-        return []
-    return [f"data.sources and data.unseen both name {', '.join(both)}: unseen domains are never trained on"]
+    unseen = {_place(name, config.data): name.rstrip("/") for name in config.data.unseen}
+    same = {name.rstrip("/"): unseen.get(_place(name, config.data)) for name in config.data.sources}
+    both = sorted(name for name, other in same.items() if name == other)
+    problems = [f"data.sources and data.unseen both name {', '.join(both)}: unseen domains are never trained on"]
+    return (problems if both else []) + [
+        f"data.sources {name} and data.unseen {other} are one domain: unseen domains are never trained on"
+        for name, other in sorted(same.items(), key=lambda pair: pair[0])
+        if other not in (None, name)
+    ]
+
+
+def _place(name: str, data: DataConfig) -> str:
+    """What a name stands for, the same for two names of one folder as far as can be told without looking for it."""
+    name = name.rstrip("/")
+    plain = DomainConfig(root=name) if "/" in name else DomainConfig(dataset=name)
+    domain = data.domains.get(name, plain)
+    if domain.dataset and not domain.root:
+        # the variants of a data set share their folder
+        domain = DomainConfig(root=domain.dataset.partition(":")[0])
+    root = os.path.abspath(os.path.join(os.path.expanduser(data.root), os.path.expanduser(domain.root)))
+    return repr(replace(domain, root=root))

@@ -101,15 +101,17 @@ def contact_sheet(
     legend = _legend(space, shares, width - 2 * MARGIN)
     sheet = Image.new("RGB", (width, head + sum(heights) + GAP + legend.height + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, _font(28), anchor="lt")
+    draw.text((MARGIN, MARGIN), title, INK, title_font(28), anchor="lt")
     for line, fact in enumerate(facts):
-        draw.text((MARGIN, MARGIN + 40 + 24 * line), _fit(fact, 16, width - 2 * MARGIN), FAINT, _font(16), anchor="lt")
+        draw.text(
+            (MARGIN, MARGIN + 40 + 24 * line), _fit(fact, 16, width - 2 * MARGIN), FAINT, title_font(16), anchor="lt"
+        )
     top = head
     for position, (row, height) in enumerate(zip(rows, heights, strict=True)):
         for column, picture in enumerate(row):
             left = MARGIN + column * (CELL_WIDTH + GAP)
             caption = samples[position * columns + column].caption
-            draw.text((left, top + CAPTION / 2), _fit(caption, 13, CELL_WIDTH), FAINT, _font(13), anchor="lm")
+            draw.text((left, top + CAPTION / 2), _fit(caption, 13, CELL_WIDTH), FAINT, title_font(13), anchor="lm")
             sheet.paste(picture, (left, top + CAPTION))
         top += height
     sheet.paste(legend, (MARGIN, top + GAP))
@@ -134,8 +136,8 @@ def _legend(space: LabelSpace, shares: Sequence[float], width: int) -> Image.Ima
             box = (left, top, left + SWATCH - 1, top + SWATCH - 1)
             draw.rectangle(box, fill=colour if share else BACKGROUND, outline=colour)
         ink = INK if share else FAINT
-        draw.text((left + SWATCH + 10, middle), name, ink, _font(15), anchor="lm")
-        draw.text((left + LEGEND_COLUMN - 34, middle), percent(share), ink, _font(15), anchor="rm")
+        draw.text((left + SWATCH + 10, middle), name, ink, title_font(15), anchor="lm")
+        draw.text((left + LEGEND_COLUMN - 34, middle), percent(share), ink, title_font(15), anchor="rm")
     return strip
 
 
@@ -148,7 +150,7 @@ def percent(share: float) -> str:
 
 def _fit(text: str, size: int, width: int) -> str:
     """The text, or as much of its end as the width has room for: the end of a path tells more."""
-    font = _font(size)
+    font = title_font(size)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength("..." + text) > width:
@@ -157,7 +159,15 @@ def _fit(text: str, size: int, width: int) -> str:
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def title_font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of titles and legends.
+
+    Args:
+        size: in pixels.
+
+    Raises:
+        ImportError: Pillow was built without FreeType.
+    """
     font = ImageFont.load_default(size=size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise ImportError("drawing titles needs Pillow with FreeType support: pip install --force-reinstall pillow")

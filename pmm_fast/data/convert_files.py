@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
+from pmm_fast.data.files import read_labels
 from pmm_fast.data.folder import FolderDomain
-from pmm_fast.data.survey import Fault, read_pair
+from pmm_fast.data.survey import Fault, native_ids, read_pair
 
 Images = Literal["link", "copy", "jpeg", "png"]
 
@@ -26,8 +28,27 @@ _SUFFIXES = {"jpeg": (".jpg", ".jpeg"), "png": (".png",)}
 
 
 @dataclass(frozen=True)
+class Written:
+    """One pair.
+
+    Attributes:
+        name: of the pair.
+        faults: what is wrong with the originals; nothing is written of them then.
+        new: it was written now, and not by an earlier run.
+        pixels: int64 ``[256]``, pixels of every id of the written labels; None with faults.
+        ids: bool ``[256]``, see ``survey.native_ids``.
+    """
+
+    name: str
+    faults: list[Fault]
+    new: bool = False
+    pixels: np.ndarray | None = None
+    ids: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class PairWriter:
-    """Reads samples of a domain and writes them; called with the index of one, it returns its faults.
+    """Reads samples of a domain and writes them, each by its index; what is done already is not written again.
 
     Attributes:
         domain: what is read, its ``target_space`` that of the written labels.
@@ -53,18 +74,29 @@ class PairWriter:
         return self.folder / f"images/{self.split}/{key}{suffix}", self.folder / f"labels/{self.split}/{key}.png"
 
     def done(self, index: int) -> bool:
-        """Whether both files of a sample are there; a link counts if it leads to the image that is there now."""
+        """Whether both files of a sample are there, and no older than the originals; a link counts if it leads to the
+        image that is there now."""
         image, labels = self.targets(index)
-        if self.images == "link" and not (image.is_symlink() and os.readlink(image) == self._real(index)):
+        source, source_labels = self.domain.pairs[index]
+        if not _is_newer(labels, source_labels):
             return False
-        return image.exists() and labels.exists()
+        if self.images == "link":
+            return image.is_symlink() and os.readlink(image) == self._real(index) and image.exists()
+        return _is_newer(image, source)
 
-    def __call__(self, index: int) -> list[Fault]:
-        source = self.domain.pairs[index][0]
-        image, labels, faults = read_pair(self.domain, self.split, self.keys[index], index)
-        if image is None or labels is None or faults:
-            return faults
+    def __call__(self, index: int) -> Written:
+        name, source = self.keys[index], self.domain.pairs[index][0]
         image_path, label_path = self.targets(index)
+        if self.done(index):
+            space = self.domain.target_space
+            pixels = np.bincount(read_labels(label_path, "ids", space, space).ravel(), minlength=256)
+            return Written(name, [], False, pixels, native_ids(self.domain, index))
+        # whatever was written of other originals is not of these
+        for path in (image_path, label_path):
+            path.unlink(missing_ok=True)
+        image, labels, faults = read_pair(self.domain, self.split, name, index)
+        if image is None or labels is None or faults:
+            return Written(name, faults)
         # 1 reads back faster than Pillow's 6: a label map is hardly larger, and less of it refers far back
         write_whole(label_path, lambda part: Image.fromarray(labels).save(part, "PNG", compress_level=1))
         if self.images == "link":
@@ -75,13 +107,18 @@ class PairWriter:
             write_whole(image_path, lambda part: image.save(part, "JPEG", quality=self.quality))
         else:
             write_whole(image_path, lambda part: image.save(part, "PNG"))
-        return []
+        return Written(name, [], True, np.bincount(labels.ravel(), minlength=256), native_ids(self.domain, index))
 
     def _encodes(self, source: Path) -> bool:
         return source.suffix.lower() not in _SUFFIXES.get(self.images, (source.suffix.lower(),))
 
     def _real(self, index: int) -> str:
         return os.path.realpath(self.domain.pairs[index][0])
+
+
+def _is_newer(path: Path, original: Path) -> bool:
+    """Whether a file is there and no older than what it was made of."""
+    return path.exists() and path.stat().st_mtime_ns >= original.stat().st_mtime_ns
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -92,13 +129,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write: writes the path that it is given.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written, with its name; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         write(part)
         os.replace(part, path)
+    except OSError as error:
+        # a full disk is told by what writes into an open file, which knows no name
+        if error.filename is not None:
+            raise
+        if error.errno is None:
+            raise OSError(f"{path}: cannot be written: {error}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -6,13 +6,13 @@ have variants, which differ in the images they take (``gtav:official``); without
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmm_fast.data.files import DataError, LabelFormat, label_suffixes
+from pmm_fast.data.files import DataError, LabelFormat, label_suffixes, walk
+from pmm_fast.data.labels import suggestion
 
 _SAME = {"train": "train", "val": "val"}
 _NO_LISTS: Mapping[str, Mapping[str, str]] = {"": {}}
@@ -107,9 +107,7 @@ def get_dataset(name: str) -> tuple[Dataset, str]:
             return dataset, dataset.default_variant
         if variant and variant in dataset.variants:
             return dataset, variant
-    near = difflib.get_close_matches(name, dataset_names(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise DataError(f"unknown data set {name!r}{hint} (known: {', '.join(dataset_names())})")
+    raise DataError(f"unknown data set {name!r}{suggestion(name, dataset_names())}")
 
 
 def dataset_names() -> list[str]:
@@ -150,7 +148,7 @@ def dataset_of_folder(folder: Path) -> Dataset | None:
 
 def _has_labels(folder: Path, layout: Layout) -> bool:
     extensions = label_suffixes(layout.label_format)
-    for _, _, files in os.walk(folder, followlinks=True):
+    for _, files in walk(folder):
         for file in files:
             stem, extension = os.path.splitext(file)
             if not file.startswith(".") and extension.lower() in extensions and layout.is_label(stem):

@@ -7,14 +7,16 @@ with a file raises ``DataError``, which names it.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from pmm_fast.data.label_ids import ID_TABLES
 from pmm_fast.data.labels import IGNORE, INVALID, SPACES, get_space, mapping, num_ids, suggestion
@@ -32,6 +34,40 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zli
 
 class DataError(ValueError):
     """Something is wrong with the files of a domain; the message names the file or option and what was expected."""
+
+
+class EncodingError(DataError):
+    """A label file is written in another way than was said.
+
+    Attributes:
+        found: what was expected and what was found.
+    """
+
+    # with a default, for workers to send it
+    def __init__(self, found: str, advice: str = "") -> None:
+        super().__init__(f"{found}; {advice}" if advice else found)
+        self.found = found
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from ``root`` downwards with the names of its files, sorted; links to folders are followed.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
+
+    seen: set[str] = set()
+    # data sets are often assembled from links to folders; `seen` ends a cycle of them
+    for folder, children, files in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            children.clear()
+            continue
+        seen.add(real)
+        children.sort()
+        yield folder, sorted(files)
 
 
 def label_suffixes(label_format: LabelFormat) -> tuple[str, ...]:
@@ -138,6 +174,8 @@ def _decode(path: Path, low_bytes: bool = False, load: bool = True) -> tuple[Ima
                 image.tile = [(*image.tile[0][:3], "RGB;16L")]  # type: ignore[list-item]
             if load:
                 image.load()
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: cannot be read as an image: the file is no image") from error
     except _DECODER_ERRORS as error:
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     return image, head[24] if head.startswith(b"\x89PNG") else 8
@@ -147,9 +185,10 @@ def _decode_label(path: Path) -> Image.Image:
     image, depth = _decode(path)
     # Pillow reads 16-bit RGB as its high bytes, which would turn every id into 0
     if depth == 16 or image.mode.startswith("I"):
-        raise DataError(
-            f"{path}: expected an 8-bit label, got 16 bits; convert it to 8-bit ids (one channel) first, or, if its "
-            "first channel is the class, set label_format: ids16"
+        raise EncodingError(
+            f"{path}: expected an 8-bit label, got 16 bits",
+            "convert it to 8-bit ids (one channel) first, or, if its first channel is the class, "
+            "set label_format: ids16",
         )
     return image
 
@@ -157,16 +196,16 @@ def _decode_label(path: Path) -> Image.Image:
 def _read_ids(path: Path) -> np.ndarray:
     image = _decode_label(path)
     if image.mode not in ("L", "P"):
-        hint = "; for labels in colours set label_format: colours" if image.mode in ("RGB", "RGBA") else ""
-        raise DataError(f"{path}: expected one 8-bit channel of ids (mode L or P), got mode {image.mode}{hint}")
+        hint = "for labels in colours set label_format: colours" if image.mode in ("RGB", "RGBA") else ""
+        raise EncodingError(f"{path}: expected one 8-bit channel of ids (mode L or P), got mode {image.mode}", hint)
     return np.asarray(image)
 
 
 def _read_ids16(path: Path) -> np.ndarray:
     image, depth = _decode(path)
     if depth != 16:
-        hint = "; for 8-bit ids set label_format: ids" if image.mode in ("L", "P") else ""
-        raise DataError(f"{path}: expected a 16-bit PNG of ids, got 8 bits, mode {image.mode}{hint}")
+        hint = "for 8-bit ids set label_format: ids" if image.mode in ("L", "P") else ""
+        raise EncodingError(f"{path}: expected a 16-bit PNG of ids, got 8 bits, mode {image.mode}", hint)
     if image.mode.startswith("I"):
         return np.asarray(image).astype(np.uint16)
     if image.mode != "RGB":
@@ -195,8 +234,8 @@ def _read_colours(path: Path, source: str, target: str) -> np.ndarray:
     if image.mode == "P":
         return _palette_table(image, source, target).take(np.asarray(image))
     if image.mode not in ("RGB", "RGBA"):
-        hint = "; for labels in ids set label_format: ids" if image.mode == "L" else ""
-        raise DataError(f"{path}: expected colours (mode RGB or palette), got mode {image.mode}{hint}")
+        hint = "for labels in ids set label_format: ids" if image.mode == "L" else ""
+        raise EncodingError(f"{path}: expected colours (mode RGB or palette), got mode {image.mode}", hint)
     # four bytes a pixel make one integer a pixel, in one pass
     pixels = np.asarray(image if image.mode == "RGBA" else image.convert("RGBX")).view("<u4")[..., 0]
     return _colour_table(source, target).take(pixels & 0xFFFFFF)

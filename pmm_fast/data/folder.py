@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from pmm_fast.config.schema import DataConfig
-from pmm_fast.data.files import DataError, LabelFormat, read_image, read_labels
+from pmm_fast.data.files import DataError, EncodingError, LabelFormat, read_image, read_labels
 from pmm_fast.data.listing import Listing, Split, list_domain
 
+_MEND = "mend it, or leave it out with python -m pmm_fast.data.prepare --skip-faulty"
 # names of left-out images that `describe` spells out
 _SHOWN = 5
 
@@ -79,12 +80,18 @@ class FolderDomain:
             IndexError: no such sample.
         """
         image_path, label_path = self.pairs[index]
-        labels = read_labels(label_path, self.label_format, self.source_space, self.target_space)
+        try:
+            labels = read_labels(label_path, self.label_format, self.source_space, self.target_space)
+        except EncodingError as error:
+            if not self.dataset:
+                raise
+            # options of the configuration do not help: those of a data set are fixed
+            raise DataError(f"{error.found}; {_MEND}") from error
         if size is not None and labels.shape != size[::-1]:
             raise DataError(
                 f"image and label differ in size: {image_path} is {size[0]}x{size[1]}, "
-                f"{label_path} is {labels.shape[1]}x{labels.shape[0]}; repair it, or leave it out with list_file or "
-                "with pmm_fast.data.prepare --skip-faulty"
+                f"{label_path} is {labels.shape[1]}x{labels.shape[0]}; "
+                + (_MEND if self.dataset else f"{_MEND}, or with list_file")
             )
         return labels
 

@@ -6,13 +6,12 @@ domain of one that has none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 from pmm_fast.config.schema import DataConfig, DomainConfig
+from pmm_fast.config.validate import domain_problems
 from pmm_fast.data.datasets import (
     DATASETS,
     Dataset,
@@ -25,16 +24,22 @@ from pmm_fast.data.datasets import (
 )
 from pmm_fast.data.files import IMAGE_SUFFIXES, DataError, LabelFormat, check_encoding, label_suffixes
 from pmm_fast.data.labels import mapping, nearest, suggestion
-from pmm_fast.data.scan import Found, Selection, index_files, select
+from pmm_fast.data.scan import (
+    PARTIAL,
+    PREPARED,
+    SPLITS,
+    Found,
+    Selection,
+    Split,
+    index_files,
+    is_begun,
+    read_prepared,
+    select,
+)
 from pmm_fast.data.split_lists import LISTS, shipped_list
 
-Split = Literal["train", "val"]
-
-SPLITS: tuple[Split, ...] = get_args(Split)
 STREETS_VAL_IMAGES = 40
 STREETS_SPACE = "cityscapes19"
-PREPARED = "prepared.json"
-"""File at the top of a folder that ``pmm_fast.data.prepare`` wrote; its ``label_space`` is that of the labels."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Listing:
         return self.label_root / image.parent / f"{stem}{label_suffixes(self.label_format)[0]}"
 
 
-def list_domain(name: str, config: DataConfig, split: str) -> Listing:
+def list_domain(name: str, config: DataConfig, split: Split) -> Listing:
     """Find the domain that ``name`` stands for and list its files.
 
     A name is, in this order: a key of ``config.domains``; ``streets/NAME``, a generated domain (made on first use); a
@@ -124,7 +129,7 @@ def list_domain(name: str, config: DataConfig, split: str) -> Listing:
     known = name.partition(":")[0] in DATASETS
     if known and (folder := _dataset_folder(get_dataset(name)[0], config)):
         return _list_dataset(name, name, folder, config, split)
-    tried = [Path(name).expanduser(), *([Path(config.root).expanduser() / name] if config.root else [])]
+    tried = dict.fromkeys((Path(name).expanduser().absolute(), _below_root(config, name)))
     for folder in tried:
         if name and folder.is_dir():
             return _list_folder(name, folder.resolve(), config, split)
@@ -134,7 +139,13 @@ def list_domain(name: str, config: DataConfig, split: str) -> Listing:
     raise DataError(
         f"unknown domain {name!r}{nearest(name, [*domains, *dataset_names()])} (known: {', '.join(domains)}; "
         f"data sets: {', '.join(DATASETS)}); no such folder either: {', '.join(map(str, tried))}"
+        + ("" if config.root else " (data.root is empty)")
     )
+
+
+def _below_root(config: DataConfig, path: str) -> Path:
+    """A path of the configuration, made absolute, so that it is not looked for below ``data.root`` again."""
+    return (Path(config.root).expanduser() / Path(path).expanduser()).absolute()
 
 
 # --- generated streets --------------------------------------------------------------------------------------------
@@ -187,7 +198,7 @@ def _list_streets(name: str, config: DataConfig, split: str) -> Listing:
 
 def _dataset_folder(dataset: Dataset, config: DataConfig) -> Path | None:
     """The data set's folder below ``data.root``; of several, the first in which something is recognised."""
-    folders = find_folders(dataset, Path(config.root).expanduser()) if config.root else []
+    folders = find_folders(dataset, _below_root(config, "")) if config.root else []
     for folder in folders:
         if (folder / PREPARED).is_file() or any(recognise(dataset, folder, split) for split in SPLITS):
             return folder
@@ -204,6 +215,7 @@ def _not_found(name: str, dataset: Dataset, config: DataConfig) -> str:
 
 
 def _list_dataset(name: str, full_name: str, folder: Path, config: DataConfig, split: str) -> Listing:
+    _refuse_incomplete(folder)
     if (folder / PREPARED).is_file():
         return _list_prepared(name, folder, config, split, full_name)
     dataset, variant = get_dataset(full_name)
@@ -228,32 +240,45 @@ def _list_dataset(name: str, full_name: str, folder: Path, config: DataConfig, s
     )
 
 
+def _count_note(full_name: str, split: str, count: int) -> list[str]:
+    """What is said of a split that is not as large as is known of its data set."""
+    if not full_name:
+        return []
+    dataset, variant = get_dataset(full_name)
+    known = dataset.counts.get((variant, split), count)
+    return [f"{count} of {known} known images"] if count != known else []
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    """A folder that ``pmm_fast.data.prepare`` began and has not completed lacks files that nothing else tells of."""
+    if folder.name.endswith(PARTIAL) or (is_begun(folder) and not (folder / PREPARED).is_file()):
+        raise DataError(f"{folder} was not completed; call python -m pmm_fast.data.prepare again")
+
+
 def _list_prepared(name: str, folder: Path, config: DataConfig, split: str, full_name: str = "") -> Listing:
     """A folder that was prepared, which must be that of ``full_name`` where one is given."""
-    path = folder / PREPARED
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        space, dataset, variant = (str(content.get(key) or "") for key in ("label_space", "dataset", "variant"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if not space:
-        raise DataError(f"{path}: expected a label_space, the label space of the files; got none")
-    prepared = DATASETS[dataset].full_name(variant) if dataset in DATASETS else dataset
-    if full_name and prepared:
-        wanted = get_dataset(full_name)
-        if wanted[0].full_name(wanted[1]) != prepared:
-            raise DataError(f"{path}: expected {wanted[0].full_name(wanted[1])}, but it was prepared from {prepared}")
+    record = read_prepared(folder)
+    if full_name and record.dataset:
+        dataset, variant = get_dataset(full_name)
+        if dataset.full_name(variant) != record.dataset:
+            raise DataError(
+                f"{folder / PREPARED}: expected {dataset.full_name(variant)}, but it was prepared from {record.dataset}"
+            )
     definition = DomainConfig(
         images=_split_folder(folder, "images", split), labels=_split_folder(folder, "labels", split)
     )
-    listing = _list_generic(name, replace(definition, root=str(folder), label_space=space), config, split)
-    return replace(listing, dataset=prepared, layout="prepared", notes=("layout prepared", *listing.notes))
+    listing = _list_generic(name, replace(definition, root=str(folder), label_space=record.label_space), config, split)
+    notes = ["layout prepared", *_count_note(record.dataset, split, len(listing.keys))]
+    if record.images == "jpeg":
+        notes.append(f"images: jpeg, quality {record.quality}")
+    return replace(listing, dataset=record.dataset, layout="prepared", notes=(*notes, *listing.notes))
 
 
 # --- plain folders ------------------------------------------------------------------------------------------------
 
 
 def _list_folder(name: str, folder: Path, config: DataConfig, split: str) -> Listing:
+    _refuse_incomplete(folder)
     if (folder / PREPARED).is_file():
         return _list_prepared(name, folder, config, split)
     if dataset := dataset_of_folder(folder):
@@ -276,13 +301,10 @@ def _split_folder(root: Path, kind: str, split: str) -> str:
 def _list_configured(name: str, domain: DomainConfig, config: DataConfig, split: str) -> Listing:
     if not (domain.root or domain.dataset or config.root):
         raise DataError(f"data.domains.{name}.root is empty, and so is data.root: is --data.root missing?")
+    if problems := domain_problems(name, domain):
+        raise DataError("; ".join(problems))
     if not domain.dataset:
-        return _list_generic(name, domain, config, split)
-    if replace(domain, root="", dataset="") != DomainConfig():
-        raise DataError(
-            f"data.domains.{name}: with `dataset` only `root` can be given, for folders and labels are then known; "
-            "leave out the rest, or leave out `dataset` and describe the folder"
-        )
+        return _list_described(name, domain, config, split)
     dataset, _ = get_dataset(domain.dataset)
     if domain.root:
         folder = _existing(_domain_root(domain, config, split), name, "data set", _root_hint(domain, config))
@@ -293,8 +315,20 @@ def _list_configured(name: str, domain: DomainConfig, config: DataConfig, split:
     return _list_dataset(name, domain.dataset, found, config, split)
 
 
+def _list_described(name: str, domain: DomainConfig, config: DataConfig, split: str) -> Listing:
+    """A folder that is described, as far as it is not left to what is there."""
+    folder = _domain_root(domain, config, split)
+    _refuse_incomplete(folder)
+    if (folder / PREPARED).is_file() and replace(domain, root="") == DomainConfig():
+        return _list_prepared(name, folder, config, split)
+    if not domain.list_file and "{split}" not in domain.root + domain.images + domain.labels:
+        images, labels = (_split_folder(folder, kind, split) for kind in (domain.images, domain.labels))
+        domain = replace(domain, images=images, labels=labels)
+    return _list_generic(name, domain, config, split)
+
+
 def _domain_root(domain: DomainConfig, config: DataConfig, split: str) -> Path:
-    return Path(config.root).expanduser() / Path(domain.root.replace("{split}", split)).expanduser()
+    return _below_root(config, domain.root.replace("{split}", split))
 
 
 def _root_hint(domain: DomainConfig, config: DataConfig) -> str:
@@ -374,6 +408,7 @@ def _list_files(
         notes += [f"{count} of its images are also in {other}" for other, count in chosen.shared.items()]
     else:
         chosen = Selection(tuple(sorted(images.files)), (), "", (), {})
+    notes += _count_note(dataset, split, len(chosen.keys))
     keys = set(chosen.keys)
     return Listing(
         name=name,
@@ -410,5 +445,8 @@ def _scan(name: str, roots: tuple[Path, Path], layout: Layout) -> tuple[Found, F
     ):
         if not found.files:
             hint = f"; {found.others} files do not end with {what}_suffix {suffix!r}" if found.others else ""
+            if found.kinds:
+                there = (f"{count} {kind or 'extensionless'} files" for kind, count in sorted(found.kinds.items()))
+                hint += f"; there are {', '.join(there)}"
             raise DataError(f"domain {name!r}: no {what} files ({' '.join(kinds)}) below {root}{hint}")
     return images, labels

@@ -76,7 +76,11 @@ def _parser() -> Parser:
     add("--quality", type=int, metavar="N", help=f"of --images jpeg, 1..100 [{QUALITY}]")
     cores = os.cpu_count() or 1
     add("--workers", type=int, default=cores, metavar="N", help=f"processes [{cores}]")
-    add("--skip-faulty", action="store_true", help="leave faulty pairs out, by name, and complete the folder")
+    add(
+        "--skip-faulty",
+        action="store_true",
+        help="leave faulty pairs out, by name, and complete the folder; without it they are tried again",
+    )
     return parser
 
 
@@ -97,9 +101,11 @@ def prepare(names: list[str], root: str, out: Path, settings: Settings, workers:
     """
     from pmm_fast.data.files import DataError
     from pmm_fast.data.prepare_domain import check_target, folder_name, list_splits, prepare_domain
-    from pmm_fast.data.survey import named
+    from pmm_fast.data.survey import known_count, named
 
     # everything that can be refused is refused before the first hour of work
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out: expected a folder, but {out} is a file")
     if root and out.exists() and os.path.samefile(root, out):
         raise DataError(f"--out: {out} is --root too; prepared folders there would be taken for originals")
     found = {name: list_splits(name, root, settings) for name in names}
@@ -116,6 +122,11 @@ def prepare(names: list[str], root: str, out: Path, settings: Settings, workers:
             print(f"{listing.name} {listing.split}: {'; '.join(listing.notes)}", file=sys.stderr)
             if listing.left_out:
                 print(f"  {named(listing.left_out, 'image')} on no list, not prepared", file=sys.stderr)
+            known, there = known_count(listing), len(listing.keys)
+            if known not in (None, there):
+                print(
+                    f"warning: {listing.dataset} {listing.split} has {known} images, here are {there}", file=sys.stderr
+                )
         result = prepare_domain(listings, out, settings, workers, skip_faulty)
         print(describe(result))
         if not result.complete:
@@ -123,8 +134,8 @@ def prepare(names: list[str], root: str, out: Path, settings: Settings, workers:
     if incomplete:
         folders = ", ".join(str(result.folder) for result in incomplete)
         print(
-            f"error: faulty originals, {folders} left incomplete: mend them and call this again, or leave them out "
-            "with --skip-faulty",
+            f"error: faulty originals, {folders} left incomplete: mend them and call this again, or leave single "
+            "pairs out with --skip-faulty",
             file=sys.stderr,
         )
         raise SystemExit(1)

@@ -15,29 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pmm_fast.config.schema import DataConfig
-from pmm_fast.data.convert_files import Images, PairWriter, remove_parts, write_whole
+from pmm_fast.data.convert_files import PART, Images, PairWriter, remove_parts, write_whole
 from pmm_fast.data.datasets import get_dataset
 from pmm_fast.data.files import DataError
-from pmm_fast.data.listing import PREPARED, Listing, Split, list_domain
+from pmm_fast.data.listing import Listing, list_domain
 from pmm_fast.data.parallel import for_each
-from pmm_fast.data.survey import Fault, listing_faults, restrict, root_of, sound_keys
+from pmm_fast.data.scan import OPTIONS, PARTIAL, PREPARED, Split, read_prepared
+from pmm_fast.data.survey import Fault, known_count, listing_faults, restrict, root_of, sound_keys, space_faults
 
 FORMAT = 1
-OPTIONS = "options.json"
-PARTIAL = ".partial"
-
-# what is said to differ, by its key in options.json
-_OPTIONS = {
-    "name": "--domains",
-    "label_space": "--label-space",
-    "splits": "--splits",
-    "images": "--images",
-    "quality": "--quality",
-    "dataset": "--domains",
-    "variant": "--domains",
-    "source": "--root",
-}
 
 
 @dataclass(frozen=True)
@@ -124,10 +113,12 @@ def prepare_domain(
         out: folder of the prepared domains.
         settings: what is made of it.
         workers: processes.
-        skip_faulty: leave faulty pairs out; otherwise a domain that has some is not completed.
+        skip_faulty: leave faulty pairs out; otherwise a domain that has some is not completed, and what was left out of
+            a complete one is tried again.
 
     Raises:
-        DataError: the folder was begun with other options, or is none that was made here, or another run is at it.
+        DataError: the folder was begun with other options, is damaged, is none that was made here, or holds what the
+            originals no longer do; or another run is at it.
         OSError: it cannot be written.
     """
     folder = out / folder_name(next(iter(listings.values())))
@@ -137,18 +128,25 @@ def prepare_domain(
     with _alone(folder):
         if folder.exists():
             _compare(folder, options)
-            known = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
-            skipped = [Fault(**fault) for fault in known["skipped"]]
-            if not any(_missing(writer) for writer in _writers(listings, folder, settings, skipped).values()):
-                return Result(folder, known["counts"], skipped, True, 0)
-            # from here on it is not complete
-            (folder / PREPARED).unlink()
+            _refuse_strays(folder, listings, settings)
+            # a run that was killed, of an older version, may have left a folder of this name without the record
+            if (folder / PREPARED).exists():
+                record = read_prepared(folder)
+                skipped = [Fault(**fault) for fault in record.skipped]  # type: ignore[arg-type]
+                if (skip_faulty or not skipped) and _is_whole(folder, listings, settings, skipped):
+                    return Result(folder, record.counts, skipped, True, 0)
+            if partial.exists():
+                raise DataError(f"--out: there is {partial} beside {folder}: delete one of them")
+            # from here on it is not complete; by name first, or a run that is killed would leave a folder of this name
+            # that is none
             os.replace(folder, partial)
-        elif partial.exists() and any(partial.iterdir()):
+        elif _is_begun(partial):
             _compare(partial, options)
+            _refuse_strays(partial, listings, settings)
         else:
             partial.mkdir(exist_ok=True)
             _write_json(partial / OPTIONS, options)
+        (partial / PREPARED).unlink(missing_ok=True)
         return _fill(partial, folder, listings, options, settings, workers, skip_faulty)
 
 
@@ -165,13 +163,12 @@ def _fill(
     faults = [fault for listing in listings.values() for fault in listing_faults(listing)]
     written = 0
     for split, writer in _writers(listings, partial, settings, faults).items():
-        missing = _missing(writer)
-        results = for_each(writer, missing, workers, f"{folder.name} {split}")
-        found = [fault for _, result in results for fault in result]
-        written += len(missing) - len({fault.name for fault in found})
+        found, new = _write_split(writer, listings[split], workers, f"{folder.name} {split}")
         faults += found
+        written += new
     counts = {split: len(sound_keys(listing, faults)) for split, listing in listings.items()}
-    if faults and not skip_faulty:
+    # what is wrong with a whole split cannot be left out by name
+    if any(not (skip_faulty and fault.name) for fault in faults):
         return Result(partial, counts, faults, False, written)
     if empty := [split for split, count in counts.items() if not count]:
         raise DataError(f"{folder.name}: no sound pair in {', '.join(empty)}")
@@ -179,12 +176,66 @@ def _fill(
         **options,
         "lists": {split: Path(listing.list_name).name for split, listing in listings.items()},
         "counts": counts,
+        "known": {split: known_count(listing) for split, listing in listings.items()},
         "left_out": {split: list(listing.left_out) for split, listing in listings.items()},
         "skipped": [asdict(fault) for fault in faults],
     }
     _write_json(partial / PREPARED, content)
     os.replace(partial, folder)
     return Result(folder, counts, faults, True, written)
+
+
+def _write_split(writer: PairWriter, listing: Listing, workers: int, title: str) -> tuple[list[Fault], int]:
+    """Write what is missing of a split; its faults, and how many pairs were written.
+
+    Where anything is missing every pair is gone through: what an earlier run wrote tells, too, which ids labels hold.
+    """
+    faults: list[Fault] = []
+    pixels, ids, new = np.zeros(256, np.int64), np.zeros(256, bool), 0
+    for _, result in for_each(writer, list(range(len(writer.keys))), workers, title):
+        faults += result.faults
+        new += result.new
+        if result.pixels is not None:
+            pixels += result.pixels
+        if result.ids is not None:
+            ids |= result.ids
+    return faults + space_faults(listing, pixels, ids), new
+
+
+def _is_begun(partial: Path) -> bool:
+    """Whether there is a folder with more in it than what a run that was killed at its very first file left."""
+    return partial.exists() and any(not path.name.endswith(PART) for path in partial.iterdir())
+
+
+def _is_whole(folder: Path, listings: Mapping[str, Listing], settings: Settings, skipped: list[Fault]) -> bool:
+    """Whether every pair of the originals is there as they are now, but for those that were left out."""
+    faults = [fault for listing in listings.values() for fault in listing_faults(listing)]
+    known = {(fault.split, fault.name) for fault in skipped}
+    if any((fault.split, fault.name) not in known for fault in faults):
+        return False
+    writers = _writers(listings, folder, settings, faults + skipped)
+    return all(writer.done(index) for writer in writers.values() for index in range(len(writer.keys)))
+
+
+def _refuse_strays(folder: Path, listings: Mapping[str, Listing], settings: Settings) -> None:
+    """Refuse a folder that holds what the originals do not, or no longer, or under another extension.
+
+    Raises:
+        DataError: naming the first such file.
+    """
+    faults = [fault for listing in listings.values() for fault in listing_faults(listing)]
+    writers = _writers(listings, folder, settings, faults)
+    expected = {
+        path for writer in writers.values() for index in range(len(writer.keys)) for path in writer.targets(index)
+    }
+    for split, listing in listings.items():
+        for kind in ("images", "labels"):
+            for path in sorted((folder / kind / split).rglob("*")):
+                if path not in expected and not path.name.startswith(".") and not path.is_dir():
+                    raise DataError(
+                        f"{path}: no such pair in the originals of {listing.name} (any more); "
+                        f"delete {folder} and prepare again"
+                    )
 
 
 def _writers(
@@ -198,10 +249,6 @@ def _writers(
             domain = restrict(listing, keys)
             writers[split] = PairWriter(domain, split, keys, folder, settings.images, settings.quality)
     return writers
-
-
-def _missing(writer: PairWriter) -> list[int]:
-    return [index for index in range(len(writer.keys)) if not writer.done(index)]
 
 
 def _options(name: str, listings: Mapping[str, Listing], settings: Settings) -> dict[str, Any]:
@@ -226,16 +273,33 @@ def _compare(folder: Path, options: dict[str, Any]) -> None:
     path = folder / OPTIONS
     if not path.is_file():
         raise DataError(f"--out: {folder} exists and was not made by this program (there is no {OPTIONS} in it)")
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    differing = [
-        f"{_OPTIONS.get(key, key)} {begun.get(key)!r}, now {value!r}"
-        for key, value in options.items()
-        if begun.get(key) != value
-    ]
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}; delete {folder} and prepare again") from error
+    if not isinstance(begun, dict) or not options.keys() <= begun.keys():
+        raise DataError(f"{path}: expected {', '.join(options)}; delete {folder} and prepare again")
+    then, now = _in_words(begun), _in_words(options)
+    differing = [f"{option} {then[option]}, now {value}" for option, value in now.items() if then[option] != value]
     if differing:
         raise DataError(
             f"{folder} was begun with {'; '.join(differing)}: give the same again, choose another --out, or delete it"
         )
+
+
+def _in_words(options: Mapping[str, Any]) -> dict[str, str]:
+    """What a call gave, or found, by option."""
+    dataset, variant = options["dataset"], options["variant"]
+    splits, quality = options["splits"], options["quality"]
+    return {
+        "--domains": (f"{dataset}:{variant}" if variant else str(dataset)) or str(options["name"]),
+        "--label-space": str(options["label_space"]),
+        "--splits": " ".join(map(str, splits)) if isinstance(splits, list) else str(splits),
+        "--images": str(options["images"]) + ("" if quality is None else f" --quality {quality}"),
+        "--root": str(options["source"]),
+        "layout": str(options["layout"]),
+        "format": str(options["format"]),
+    }
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+from pmm_fast.data.datasets import get_dataset
 from pmm_fast.data.files import DataError
 from pmm_fast.data.folder import FolderDomain, open_listing
 from pmm_fast.data.label_ids import ID_TABLES
@@ -18,18 +20,26 @@ from pmm_fast.data.labels import IGNORE, get_space, mapping
 from pmm_fast.data.listing import Listing
 from pmm_fast.data.parallel import for_each
 
-FAULTS = {
-    "missing domain": "the domain, or a split of it, cannot be listed",
-    "missing image": "the split's list names an image that is not there",
-    "missing label": "an image has no label",
-    "duplicate": "two files go by one name",
-    "image": "an image cannot be read",
-    "label": "a label cannot be read, or holds values of another label space",
-    "size": "image and label differ in size",
-    "count": "the split has another number of images than is known of it",
-    "label space": "the labels look like those of another label space",
-}
-"""Every kind of fault and what it means."""
+FaultKind = Literal[
+    # the domain, or a split of it, cannot be listed
+    "missing domain",
+    # the split's list names an image that is not there
+    "missing image",
+    # an image has no label
+    "missing label",
+    # two files go by one name
+    "duplicate",
+    # an image cannot be read
+    "image",
+    # a label cannot be read, or holds values of another label space
+    "label",
+    # image and label differ in size
+    "size",
+    # the split has another number of images than is known of it
+    "count",
+    # the labels look like those of another label space
+    "label space",
+]
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,14 @@ class Fault:
     """One thing that is wrong.
 
     Attributes:
-        kind: a key of ``FAULTS``.
+        kind: what is wrong.
         split: ``train`` or ``val``.
         name: what image and label have in common; empty where it is about the whole split.
         path: the file or folder; empty where there is none to name.
         message: what is wrong and what was expected, in a sentence.
     """
 
-    kind: str
+    kind: FaultKind
     split: str
     name: str
     path: str
@@ -63,6 +73,7 @@ class Survey:
         pixels: int64 ``[256]``, pixels of every id of the space that is learnt.
         unlabelled: names of the labels without a pixel of any class that is learnt.
         ids: bool ``[256]``, what the files hold where they are 8-bit ids of the data set's own; else all False.
+        skipped: names of the pairs that were left out when the folder was prepared.
     """
 
     listing: Listing
@@ -72,6 +83,7 @@ class Survey:
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     unlabelled: list[str] = field(default_factory=list)
     ids: np.ndarray = field(default_factory=lambda: np.zeros(256, bool))
+    skipped: list[str] = field(default_factory=list)
 
 
 def listing_faults(listing: Listing) -> list[Fault]:
@@ -164,10 +176,7 @@ def survey_split(listing: Listing, workers: int, limit: int = 0) -> Survey:
                 survey.unlabelled.append(keys[index])
         if found.ids is not None:
             survey.ids |= found.ids
-    if survey.pixels.any() and not survey.pixels[:IGNORE].any():
-        text = f"no label below {listing.label_root} has a pixel of any class: is it {listing.source_space} at all?"
-        survey.faults.append(Fault("label space", listing.split, "", str(listing.label_root), text))
-    survey.faults += _space_faults(survey)
+    survey.faults += space_faults(listing, survey.pixels, survey.ids)
     return survey
 
 
@@ -192,11 +201,23 @@ class _Check:
         size = None if image is None else image.size
         if labels is None:
             return _Found(size, None, None, faults)
-        pixels, ids = np.bincount(labels.ravel(), minlength=256), None
-        if self.domain.label_format == "ids" and self.domain.source_space in ID_TABLES:
-            with Image.open(self.domain.pairs[index][1]) as file:
-                ids = np.array(file.histogram()) > 0
-        return _Found(size, pixels, ids, faults)
+        return _Found(size, np.bincount(labels.ravel(), minlength=256), native_ids(self.domain, index), faults)
+
+
+def native_ids(domain: FolderDomain, index: int) -> np.ndarray | None:
+    """Which values a label file holds: bool ``[256]``; None where files are not 8-bit ids of a data set's own."""
+    if domain.label_format != "ids" or domain.source_space not in ID_TABLES:
+        return None
+    with Image.open(domain.pairs[index][1]) as file:
+        return np.array(file.histogram()) > 0
+
+
+def known_count(listing: Listing) -> int | None:
+    """How many images the data set has in this split, as far as is known."""
+    if not listing.dataset:
+        return None
+    dataset, variant = get_dataset(listing.dataset)
+    return dataset.counts.get((variant, listing.split))
 
 
 def evenly_spaced(total: int, limit: int) -> list[int]:
@@ -206,13 +227,21 @@ def evenly_spaced(total: int, limit: int) -> list[int]:
     return [(2 * i + 1) * total // (2 * limit) for i in range(limit)]
 
 
-def _space_faults(survey: Survey) -> list[Fault]:
-    """Whether the labels of a split, all of them valid ids of their data set, are probably train ids.
+def space_faults(listing: Listing, pixels: np.ndarray, ids: np.ndarray) -> list[Fault]:
+    """Whether the labels of a split, each of them valid, are together those of another label space.
 
-    A data set's own ids never say 255, and reach beyond the train ids; so 255, and nothing beyond the train ids, means
-    that somebody converted the files.
+    Labels without a pixel of any class are.  A data set's own ids never say 255, and reach beyond the train ids; so
+    255, and nothing beyond the train ids, means that somebody converted the files.
+
+    Args:
+        listing: the split.
+        pixels: int64 ``[256]``, pixels of every id of the space that is learnt.
+        ids: bool ``[256]``, what ``native_ids`` gives for its files, joined.
     """
-    listing, seen = survey.listing, np.flatnonzero(survey.ids)
+    if pixels.any() and not pixels[:IGNORE].any():
+        text = f"no label below {listing.label_root} has a pixel of any class: is it {listing.source_space} at all?"
+        return [Fault("label space", listing.split, "", str(listing.label_root), text)]
+    seen = np.flatnonzero(ids)
     if IGNORE not in seen:
         return []
     learnt = ID_TABLES[listing.source_space].space

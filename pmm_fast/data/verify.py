@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, check, print the summary, write the files; exit with 1 if something is wrong.
 
     Raises:
-        ValueError: a wrong option (``ConfigError``), or an unknown domain.
+        ValueError: a wrong option (``ConfigError``), an unknown domain, or one that does not map to the label space.
         SystemExit: something is missing or wrong.
     """
     own = _parser().parse_options(argv)[0]
@@ -41,21 +41,29 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(own, name) < (name == "workers"):
             raise ConfigError(f"--{name}: expected at least {int(name == 'workers')}, got {getattr(own, name)}")
     config, needed = requested(own.root, own.protocol, own.config, own.domains, own.label_space)
-    needed = {name: [split for split in splits if split in own.splits] for name, splits in needed.items()}
+    # a domain of which nothing is looked at is neither right nor wrong
+    wanted = {name: [split for split in splits if split in own.splits] for name, splits in needed.items()}
+    needed = {name: splits for name, splits in wanted.items() if splits}
+    if not needed:
+        raise ConfigError(f"--splits {' '.join(own.splits)}: no domain is needed in it")
     out = Path(own.out).expanduser() if own.out else None
     if out:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out: expected a folder, but {out} is a file")
         # before reading, which may take an hour
         out.mkdir(parents=True, exist_ok=True)
-    from pmm_fast.data.verify_report import check_domains, contact_sheet_of, render, sheet_name, write_report
+    from pmm_fast.data.verify_report import check_domains, contact_sheet_of, render, sheet_names, write_report
 
     reports = check_domains(needed, config.data, own.workers, own.limit)
+    if left_out := [name for name in wanted if name not in needed]:
+        print(f"not looked at, only needed in other splits: {', '.join(left_out)}\n")
     print(render(reports, config.data, bool(out)))
     if out:
         write_report(out / "report.json", reports, config.data)
-        for report in reports:
+        for report, file in zip(reports, sheet_names([report.name for report in reports]), strict=True):
             sheet = contact_sheet_of(report, config.data.label_space)
             if sheet is not None:
-                sheet.save(out / sheet_name(report.name))
+                sheet.save(out / file)
         print(f"written to {out}")
     if any(report.faults for report in reports):
         raise SystemExit(1)
@@ -77,7 +85,7 @@ def requested(
         label_space: classes to learn; None: those of the configuration.
 
     Raises:
-        ValueError: a file that cannot be read, an unknown label space, or a domain that nothing is known by.
+        ValueError: a file that cannot be read, or an unknown label space.
     """
     preset = PROTOCOLS[protocol] if protocol else file
     config = leave_one_out(load_config(preset)) if preset else Config()
@@ -94,22 +102,11 @@ def requested(
         # a domain that is both is a source
         unseen = [name for name in config.data.unseen if name not in config.data.sources]
         return config, _needing(config.data.sources, "train", "val") | _needing(unseen, "val")
-    for name in domains:
-        _check_name(name, config)
     return config, _needing(domains, "train", "val")
 
 
 def _needing(names: list[str], *splits: Split) -> dict[str, list[Split]]:
     return {name: list(splits) for name in names}
-
-
-def _check_name(name: str, config: Config) -> None:
-    """Refuse what is no domain at all; one that is known but not there is a finding and no mistake."""
-    from pmm_fast.data.datasets import get_dataset
-
-    folders = (Path(name).expanduser(), Path(config.data.root).expanduser() / name)
-    if not name.startswith("streets/") and not any(folder.is_dir() for folder in folders):
-        get_dataset(name)
 
 
 def _parser() -> Parser:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,22 @@ from PIL import Image
 
 from pmm_fast.config.schema import DataConfig, DomainConfig
 from pmm_fast.data.contact_sheet import SAMPLES, Sample, contact_sheet, percent
-from pmm_fast.data.datasets import DATASETS, Dataset, find_folders, get_dataset
+from pmm_fast.data.datasets import DATASETS, Dataset, dataset_names, find_folders, get_dataset
 from pmm_fast.data.files import DataError
 from pmm_fast.data.labels import IGNORE, get_space
-from pmm_fast.data.listing import PREPARED, Listing, Split, list_domain
-from pmm_fast.data.survey import Fault, Survey, evenly_spaced, many, named, restrict, root_of, survey_split
+from pmm_fast.data.listing import Listing, list_domain
+from pmm_fast.data.scan import Split, read_prepared
+from pmm_fast.data.survey import (
+    Fault,
+    Survey,
+    evenly_spaced,
+    known_count,
+    many,
+    named,
+    restrict,
+    root_of,
+    survey_split,
+)
 
 FORMAT = 1
 SHOWN = 20
@@ -65,48 +77,70 @@ def check_domains(
         config: where data lie and which label space is learnt.
         workers: processes.
         limit: pairs to read of a split; 0: all.
+
+    Raises:
+        DataError: a name that stands for no domain, or a domain whose labels do not map to the label space; before
+            anything is read.
     """
+    # all of them are listed before any is read, which may take an hour
     reports = []
     for name, splits in needed.items():
         report = DomainReport(name, _dataset_of(name, config), splits)
         for split in splits:
-            try:
-                listing = list_domain(name, config, split)
-            except DataError as error:
-                report.missing.append(Fault("missing domain", split, "", "", str(error)))
-                continue
-            survey = survey_split(listing, workers, limit)
-            survey.faults += _count_faults(listing)
-            if report.dataset is None and listing.dataset:
-                report.dataset = get_dataset(listing.dataset)[0]
-            report.surveys[split] = survey
+            listing = _list(report, config, split)
+            if listing:
+                report.surveys[split] = Survey(listing, [])
+                report.dataset = get_dataset(listing.dataset)[0] if listing.dataset else report.dataset
         reports.append(report)
+    for report in reports:
+        for place, empty in report.surveys.items():
+            survey = survey_split(empty.listing, workers, limit)
+            _check_counts(survey)
+            report.surveys[place] = survey
     return reports
 
 
-def known_count(listing: Listing) -> int | None:
-    """How many images the data set has in this split, as far as is known."""
-    if not listing.dataset:
+def _list(report: DomainReport, config: DataConfig, split: Split) -> Listing | None:
+    """The listing of a split; where there is nothing to list that is a finding, unless nobody could know the name."""
+    try:
+        return list_domain(report.name, config, split)
+    except DataError as error:
+        if not _is_known(report.name, config):
+            raise
+        report.missing.append(Fault("missing domain", split, "", "", str(error)))
         return None
-    dataset, variant = get_dataset(listing.dataset)
-    return dataset.counts.get((variant, listing.split))
+    except ValueError as error:
+        raise DataError(f"domain {report.name!r} with --label-space {config.label_space}: {error}") from error
 
 
-def _count_faults(listing: Listing) -> list[Fault]:
-    known, there = known_count(listing), len(listing.keys)
-    where = f"{there} images in {listing.image_root}"
+def _is_known(name: str, config: DataConfig) -> bool:
+    """Whether a name stands for a domain at all, be it there or not."""
+    from pmm_fast.data.streets import STREETS
+
+    if name in config.domains:
+        return config.domains[name].dataset in ("", *dataset_names())
+    if name.startswith("streets/"):
+        return name.removeprefix("streets/") in STREETS
+    folders = (Path(name).expanduser(), Path(config.root).expanduser() / name)
+    return name in dataset_names() or any(folder.is_dir() for folder in folders if name)
+
+
+def _check_counts(survey: Survey) -> None:
+    """Compare the number of images with what is known of the data set, and with what was prepared."""
+    listing, there = survey.listing, len(survey.listing.keys)
+    known, where = known_count(listing), f"{there} images in {listing.image_root}"
     texts = []
-    if known not in (None, there):
-        texts.append(f"{where}, but {listing.dataset} has {known}")
-    record = root_of(listing) / PREPARED
-    if record.is_file():
-        prepared = json.loads(record.read_text(encoding="utf-8"))
-        skipped = {fault["name"] for fault in prepared["skipped"] if fault["split"] == listing.split}
-        if skipped and texts:
-            texts[0] += f"; {named(sorted(skipped), 'pair')} left out when it was prepared"
-        if prepared["counts"][listing.split] != there:
-            texts.append(f"{where}, but {prepared['counts'][listing.split]} were prepared")
-    return [Fault("count", listing.split, "", str(listing.image_root), text) for text in texts]
+    if listing.layout == "prepared":
+        record = read_prepared(root_of(listing))
+        survey.skipped = sorted({fault["name"] for fault in record.skipped if fault["split"] == listing.split})
+        prepared = record.counts[listing.split]
+        if prepared != there:
+            texts.append(f"{where}, but {prepared} were prepared")
+    expected = None if known is None else known - len(survey.skipped)
+    if expected not in (None, there):
+        less = f", less {named(survey.skipped, 'pair')} left out when it was prepared" if survey.skipped else ""
+        texts.append(f"{where}, but {listing.dataset} has {known}{less}")
+    survey.faults += [Fault("count", listing.split, "", str(listing.image_root), text) for text in texts]
 
 
 def _dataset_of(name: str, config: DataConfig) -> Dataset | None:
@@ -177,16 +211,18 @@ def _render_missing(report: DomainReport, splits: Sequence[str], reason: str, co
 def _render_survey(survey: Survey, detailed: bool) -> list[str]:
     listing = survey.listing
     known = known_count(listing)
-    count = f"{many(len(listing.keys), 'image')}" + ("" if known is None else f" ({known} known)")
+    images = f"{many(len(listing.keys), 'image')}" + ("" if known is None else f" ({known} known)")
     common = survey.sizes.most_common()
     sizes = ", ".join(f"{width}x{height} ({number})" for (width, height), number in common[:_SIZES_SHOWN])
     if len(common) > _SIZES_SHOWN:
         sizes += f" and {len(common) - _SIZES_SHOWN} other sizes"
-    lines = [f"  {listing.split:<6}{count}, {len(survey.checked)} read: {sizes or 'none'}"]
+    lines = [f"  {listing.split:<6}{images}, {len(survey.checked)} read: {sizes or 'none'}"]
     encoding = f"{listing.label_format} of {listing.source_space}"
     lines.append(_INDENT + "; ".join([f"{listing.dataset or 'folder'}, labels: {encoding}", *listing.notes]))
     if listing.left_out:
         lines.append(f"{_INDENT}{named(listing.left_out, 'image')} on no list, left out")
+    if survey.skipped:
+        lines.append(f"{_INDENT}{named(survey.skipped, 'pair')} left out when it was prepared")
     if survey.unlabelled:
         lines.append(f"{_INDENT}{named(survey.unlabelled, 'label')} without a pixel of any class")
     if survey.faults:
@@ -262,15 +298,24 @@ def _survey_record(survey: Survey, label_space: str) -> dict[str, Any]:
         "ignored_pixels": int(survey.pixels[IGNORE]),
         "never": [name for name, number in zip(classes, survey.pixels[: len(classes)], strict=True) if not number],
         "left_out": list(listing.left_out),
+        "skipped": survey.skipped,
         "labels_without_image": sorted(listing.labels.keys() - listing.images.keys()),
         "labels_without_class": survey.unlabelled,
         "faults": [asdict(fault) for fault in survey.faults],
     }
 
 
-def sheet_name(name: str) -> str:
-    """The file name of a domain's contact sheet."""
-    return re.sub(r"[^0-9A-Za-z-]+", "_", name).strip("_") + ".png"
+def sheet_names(names: Sequence[str]) -> list[str]:
+    """The file names of domains' contact sheets, all different."""
+    found: list[str] = []
+    for name in names:
+        # the end of a path tells more; a file's name has 255 bytes
+        stem = re.sub(r"[^\w-]+", "_", name).strip("_")[-60:] or "domain"
+        numbered = (stem if number == 1 else f"{stem}_{number}" for number in count(1))
+        # some file systems take capitals for small letters
+        taken = {other.casefold() for other in found}
+        found.append(next(file for each in numbered if (file := f"{each}.png").casefold() not in taken))
+    return found
 
 
 def contact_sheet_of(report: DomainReport, label_space: str) -> Image.Image | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pmm_fast.data.contact_sheet import title_font
 from pmm_fast.data.labels import LabelSpace, colourise
 
 BACKGROUND = (255, 255, 255)
@@ -56,7 +56,7 @@ def legend(space: LabelSpace, width: int, size: int = 15) -> Image.Image:
     Returns:
         RGB image of that width.
     """
-    font, swatch = _font(size), round(1.1 * size)
+    font, swatch = title_font(size), round(1.1 * size)
     column = swatch + size // 2 + 2 * size + math.ceil(max(_text_width(name, font) for name in space.classes))
     columns = max(1, min(len(space.classes), width // column))
     rows = -(-len(space.classes) // columns)
@@ -100,7 +100,7 @@ def comparison_grid(
         raise ValueError(f"comparison_grid: expected {len(rows)} row titles, got {len(row_titles)}")
     size = max(14, cell_width // 24)
     small_size = max(12, round(0.8 * size))
-    font, small = _font(size), _font(small_size)
+    font, small = title_font(size), title_font(small_size)
     left = GAP + (round(1.8 * size) if row_titles is not None else 0)
     heights = [max(1, round(cell_width * row[0].height / row[0].width)) for row in rows]
     head = round(2.2 * size)
@@ -144,11 +144,3 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 def _text_width(text: str, font: ImageFont.FreeTypeFont) -> float:
     return font.getlength(text)
-
-
-@lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size=size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise ImportError("drawing titles needs Pillow with FreeType support: pip install --force-reinstall pillow")
-    return font

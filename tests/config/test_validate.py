@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from pmm_fast.config import Config, ConfigError, validate
 from pmm_fast.config.load import option_types
+from pmm_fast.config.schema import DomainConfig
 from pmm_fast.config.validate import RULES
+
+TWO_NAMES = {
+    "data__sources": ["x", "i"],
+    "data__domains": {
+        "x": DomainConfig(root="far/x"),
+        "y": DomainConfig(root="far/../far/x"),
+        "z": DomainConfig(root="far/x", list_file="{split}.txt"),
+        "i": DomainConfig(dataset="idd"),
+    },
+}
 
 
 def with_options(**options: Any) -> Config:
@@ -66,6 +78,36 @@ def test_refused(options: dict[str, Any], message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data__sources": ["./a"], "data__unseen": ["a"]}, "data.sources ./a and data.unseen a are one domain"),
+        (
+            {"data__sources": ["gtav"], "data__unseen": ["gtav:all"]},
+            "data.sources gtav and data.unseen gtav:all are one",
+        ),
+        (
+            {"data__root": "/r", "data__sources": ["a", "b"], "data__unseen": ["/r/b/"]},
+            "data.sources b and data.unseen /r/b are one domain: unseen domains are never trained on",
+        ),
+        ({**TWO_NAMES, "data__unseen": ["y"]}, "data.sources x and data.unseen y are one domain"),
+        ({**TWO_NAMES, "data__unseen": ["idd"]}, "data.sources i and data.unseen idd are one domain"),
+        ({**TWO_NAMES, "data__unseen": ["far/x"]}, "data.sources x and data.unseen far/x are one domain"),
+        (
+            {"data__domains": {"d": DomainConfig(dataset="gtav", list_file="x.txt")}},
+            "data.domains.d: with `dataset` only `root` can be given, for folders and labels are then known; leave out",
+        ),
+        (
+            {"data__domains": {"d": DomainConfig(root="a/{spilt}")}},
+            "data.domains.d.root: expected no braces but {split}, got {spilt} in 'a/{spilt}'",
+        ),
+    ],
+)
+def test_refused_domains(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}[^\\n]*$"):
+        validate(with_options(**options))
+
+
 def test_every_problem_is_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"^optim\.lr: .*; data\.sources and data\.unseen both name a"):
         validate(with_options(optim__lr=-1.0, data__sources=["a", "b"], data__unseen=["a"]))
@@ -80,6 +122,7 @@ def test_every_problem_is_named_at_once() -> None:
         {"data__sources": ["a", "a"], "data__strong_domains": [0, 1], "data__unseen": []},
         {"data__sources": ["a"], "data__strong_domains": [1]},
         {"optim__horizon": 0, "meta__inner_lr": 0.0, "memory__init_passes": 0, "eval__height": 0, "optim__lr": 0.0},
+        {**TWO_NAMES, "data__unseen": ["z"]},
         {"data__scale": [1.0, 1.0], "data__flip": 1.0, "memory__momentum": 0.0, "eval__overlap": 0.0},
     ],
 )

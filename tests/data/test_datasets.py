@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,8 @@ from pmm_fast.config.schema import DataConfig, DomainConfig
 from pmm_fast.data.datasets import DATASETS, dataset_names, get_dataset, recognise
 from pmm_fast.data.folder import DataError, FolderDomain, open_domain
 from pmm_fast.data.labels import mapping
-from pmm_fast.data.listing import list_domain
-from pmm_fast.data.scan import select
+from pmm_fast.data.listing import list_domain, read_prepared
+from pmm_fast.data.scan import Split, select
 from pmm_fast.data.split_lists import LISTS, read_list, shipped_list
 from tests.data import trees
 
@@ -255,14 +257,32 @@ def test_encodings_and_short_lists_without_a_data_set(small: Path) -> None:
 # --- prepared folders -------------------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, **content: str) -> np.ndarray:
+RECORD = {
+    "format": 1,
+    "name": "gtav",
+    "dataset": "",
+    "variant": "",
+    "layout": "",
+    "label_space": "cityscapes19",
+    "splits": ["train", "val"],
+    "images": "copy",
+    "quality": None,
+    "source": "/originals",
+    "lists": {"train": "", "val": ""},
+    "counts": {"train": 1, "val": 1},
+    "left_out": {"train": [], "val": ["b"]},
+    "skipped": [],
+}
+
+
+def prepare(folder: Path, **content: object) -> np.ndarray:
     """A folder as the prepare tool leaves it, of one pair a split; the labels are returned."""
     labels = np.arange(12, dtype=np.uint8).reshape(3, 4) % 7
     for split in ("train", "val"):
         for kind, pixels in (("images", np.zeros((3, 4, 3), np.uint8)), ("labels", labels)):
             (folder / kind / split / "deep").mkdir(parents=True)
             Image.fromarray(pixels).save(folder / kind / split / "deep/a.png")
-    (folder / "prepared.json").write_text(json.dumps(content))
+    (folder / "prepared.json").write_text(json.dumps(RECORD | content))
     return labels
 
 
@@ -296,10 +316,89 @@ def test_prepared_from_something_else(small: Path) -> None:
     with pytest.raises(DataError, match=r"prepared.json: expected gtav:released, but it was prepared from gtav:all"):
         open_domain("gtav", config(small), "train")
     assert len(open_domain("gtav:all", config(small), "train")) == 1
-    for text, message in (("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "expected a label_space")):
-        (small / "gtav/prepared.json").write_text(text)
-        with pytest.raises(DataError, match=rf"prepared.json: {message}"):
-            open_domain("gtav", config(small), "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", r"expected a JSON object, got \[\]"),
+        ("{}", "format: expected a whole number, got none"),
+        *[
+            (json.dumps({key: value for key, value in RECORD.items() if key != missing}), f"{missing}: .* got none$")
+            for missing in RECORD
+        ],
+        *[
+            (json.dumps(RECORD | {key: value}), message)
+            for key, value, message in (
+                ("dataset", "gtva", "dataset: expected a known data set, or nothing, got 'gtva'"),
+                ("dataset", ["gtav"], "dataset: expected"),
+                ("dataset", "gtav", "variant: expected one of released, official, all, got ''"),
+                ("label_space", "cityscapes", "label_space: expected one of cityscapes19, .*, got 'cityscapes'"),
+                ("splits", ["test"], "splits: expected a list of train and val"),
+                ("quality", "95", "quality: expected a whole number or null, got '95'"),
+                ("counts", {"train": 1}, "counts: expected an entry for val, got {'train': 1}"),
+                ("counts", {"train": 1, "val": True}, "counts: expected a whole number by split"),
+                ("left_out", {"train": "a", "val": []}, "left_out: expected a list of names by split"),
+                ("skipped", [{"kind": "label"}], r"skipped: expected a list of faults \(kind, split, name, path"),
+            )
+        ],
+    ],
+)
+def test_a_record_of_another_kind(small: Path, text: str, message: str) -> None:
+    prepare(small / "gtav")
+    (small / "gtav/prepared.json").write_text(text)
+    with pytest.raises(DataError, match=rf"^{small}/gtav/prepared.json: {message}"):
+        open_domain("gtav", config(small), "train")
+
+
+def test_what_a_record_says(small: Path) -> None:
+    fault = dict.fromkeys(("kind", "split", "name", "path", "message"), "x")
+    prepare(small / "g", dataset="gtav", variant="all", images="jpeg", quality=95, skipped=[fault])
+    record = read_prepared(small / "g")
+    assert (record.dataset, record.images, record.quality, record.skipped) == ("gtav:all", "jpeg", 95, [fault])
+    assert record.counts == {"train": 1, "val": 1} and record.left_out["val"] == ["b"]
+    assert record.splits == ("train", "val") and record.label_space == "cityscapes19"
+    domain = open_domain("g", config(small), "train")
+    assert "images: jpeg, quality 95" in domain.notes and "1 of 24966 known images" in domain.notes
+
+
+def test_a_domain_that_was_not_completed(small: Path) -> None:
+    prepare(small / "idd")
+    prepare(small / "town.partial")
+    shutil.copytree(small / "idd", small / "town")
+    for name in ("idd", "town"):
+        (small / name / "prepared.json").rename(small / name / "options.json")
+    cfg = config(small, a=DomainConfig(root="town"), b=DomainConfig(root="idd", dataset="idd"))
+    for name in ("idd", "town", str(small / "town"), "town.partial", str(small / "town.partial"), "a", "b"):
+        with pytest.raises(DataError, match=r"was not completed; call python -m pmm_fast.data.prepare again"):
+            open_domain(name, cfg, "train")
+    # somebody else's file of that name
+    (small / "town/options.json").write_text("{}")
+    assert len(open_domain("town", cfg, "train")) == 1
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "gtav", "games", "described", "known", "prepared"])
+def test_a_relative_root(small: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    trees.make_tree(small / "cityscapes", "cityscapes", "labelIds")
+    prepare(small / "gtav", dataset="gtav", variant="released")
+    prepare(small / "games", label_space="idd_lite7")
+    (small / "games/prepared.json").unlink()
+    prepare(small / "prepared", label_space="idd_lite7")
+    known = DomainConfig(root="cityscapes", dataset="cityscapes")
+    monkeypatch.chdir(small.parent)
+    cfg = config(Path(small.name), described=DomainConfig(root="games"), known=known)
+    cfg.label_space = "idd_lite7"
+    domain = open_domain(name, cfg, "val")
+    assert len(domain) >= 1 and all(path.is_absolute() and path.is_file() for pair in domain.pairs for path in pair)
+
+
+def test_a_prepared_folder_that_is_described_keeps_its_label_space(small: Path) -> None:
+    labels = prepare(small / "town")
+    cfg = config(small, d=DomainConfig(root="town"))
+    cfg.label_space = "idd_lite7"
+    expected = mapping("cityscapes19", "idd_lite7")[labels]
+    np.testing.assert_array_equal(open_domain("d", cfg, "val").load(0)[1], expected)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -362,3 +461,39 @@ def test_one_name_in_two_folders_of_a_listed_data_set(small: Path) -> None:
         open_domain("gtav", config(small), "train")
     # val has nothing to do with it
     assert len(open_domain("gtav", config(small), "val")) == 1
+
+
+@pytest.mark.parametrize(("folder", "split"), [("leftImg8bit/train/ulm", "train"), ("gtFine/val", "val")])
+def test_a_folder_that_cannot_be_read(small: Path, monkeypatch: pytest.MonkeyPatch, folder: str, split: Split) -> None:
+    names = {"train": ("ulm/a", "bonn/b"), "val": ("lindau/a",)}
+    trees.make_tree(small / "cityscapes", "cityscapes", "labelIds", names)
+    scandir = os.scandir
+
+    # not by its mode: a test may run as root, who may read anything
+    def refuse(path: str) -> object:
+        if str(path).endswith(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=rf"cityscapes/{folder}: the folder cannot be read: Permission denied"):
+        open_domain("cityscapes", config(small), split)
+
+
+def test_another_number_than_is_known_is_told(small: Path) -> None:
+    trees.make_tree(small / "cityscapes", "cityscapes", "labelIds", {"val": ("ulm/a", "ulm/b")})
+    assert "; 2 of 500 known images;" in f"{open_domain('cityscapes', config(small), 'val').describe()};"
+
+
+def test_advice_for_a_data_set(small: Path) -> None:
+    trees.make_tree(small / "cityscapes", "cityscapes", "labelIds")
+    domain = open_domain("cityscapes", config(small), "val")
+    mend = r"; mend it, or leave it out with python -m pmm_fast.data.prepare --skip-faulty$"
+    for pixels, message in (
+        (np.zeros((3, 4), np.uint8), r"is 4x3"),
+        (np.zeros((24, 32), np.uint16), "expected an 8-bit label, got 16 bits"),
+        (np.zeros((24, 32, 3), np.uint8), "got mode RGB"),
+    ):
+        Image.fromarray(pixels).save(domain.pairs[0][1])
+        with pytest.raises(DataError, match=message + mend):
+            domain.load(0)

@@ -100,6 +100,20 @@ def test_folder_path_with_and_without_splits(tmp_path: Path) -> None:
     assert len(open_domain(str(split), DataConfig(), "train")) == 2
 
 
+def test_a_described_folder_has_its_splits_too(tmp_path: Path) -> None:
+    root = make(tmp_path / "set", ("a", "b"), "images/train", "labels/train")
+    with pytest.raises(DataError, match=r"set/images has a folder 'train' but none called 'val'"):
+        open_domain("d", config(root), "val")
+    make(root, ("c",), "images/val", "labels/val")
+    for options in ({}, {"label_format": "ids"}):
+        for split, names in (("train", ["a", "b"]), ("val", ["c"])):
+            domain = open_domain("d", config(root, **options), split)
+            assert [p[0].stem for p in domain.pairs] == names and "same images" not in domain.describe()
+    # a list says by itself what is taken
+    (root / "all.txt").write_text("train/a\nval/c\n")
+    assert len(open_domain("d", config(root, list_file="all.txt"), "train")) == 2
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_streets_are_generated_with_the_configured_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
@@ -197,6 +211,10 @@ def test_empty_domain(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(DataError, match=rf"no image files \(.jpg .jpeg .png\) below {root}/images$"):
         open_domain("d", config(root), "train")
+    for name in ("a.tif", "b.TIF", "README", ".hidden.gif"):
+        (root / "images" / name).touch()
+    with pytest.raises(DataError, match=rf"below {root}/images; there are 1 extensionless files, 2 \.tif files$"):
+        open_domain("d", config(root), "train")
 
 
 def test_image_without_label(tmp_path: Path) -> None:
@@ -233,6 +251,16 @@ def test_wrong_options(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'idd_lite7' .* cannot be mapped to 'cityscapes19'"):
         cfg = DataConfig(domains={"d": DomainConfig(root=str(root), label_space="idd_lite7")})
         open_domain("d", cfg, "train")
+    with pytest.raises(
+        DataError, match=r"data.domains.d.images: expected no braces but \{split\}, got \{spilt\} in 'i/"
+    ):
+        open_domain("d", config(root, images="i/{spilt}"), "train")
+    with pytest.raises(
+        DataError, match=rf"unknown domain 'sett'.* no such folder either: {Path.cwd()}/sett, {tmp_path}/sett$"
+    ):
+        open_domain("sett", config(root), "train")
+    with pytest.raises(DataError, match=rf"no such folder either: {Path.cwd()}/sett \(data.root is empty\)$"):
+        open_domain("sett", DataConfig(), "train")
     with pytest.raises(ValueError, match=r"split: expected one of train, val, got 'test'"):
         open_domain("d", config(root), "test")  # type: ignore[arg-type]
 
@@ -301,6 +329,7 @@ def test_value_outside_the_space(tmp_path: Path) -> None:
 
 def test_sizes_differ(tmp_path: Path) -> None:
     message = broken(tmp_path, Image.fromarray(ids(0, (12, 21))))
+    assert message.endswith("--skip-faulty, or with list_file")
     assert "differ in size" in message and "images/a.png is 20x12" in message and "labels/a.png is 21x12" in message
 
 
@@ -349,7 +378,8 @@ def test_damaged_file(tmp_path: Path, kind: str, damage: str) -> None:
     path.write_bytes({"truncated": data[: len(data) // 2], "text": b"not an image"}.get(damage, b""))
     if damage == "gone":
         path.unlink()
-    with pytest.raises(DataError, match=rf"{kind}/a.png: cannot be read as an image"):
+    message = ": the file is no image$" if damage in ("text", "empty") else ": "
+    with pytest.raises(DataError, match=rf"{kind}/a.png: cannot be read as an image{message}"):
         domain.load(0)
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pmm_fast.config import ConfigError, load_config
-from pmm_fast.data import verify
+from pmm_fast.data import verify, verify_report
 from pmm_fast.data.contact_sheet import Sample, cell, contact_sheet, percent
 from pmm_fast.data.datasets import DATASETS
 from pmm_fast.data.files import DataError
 from pmm_fast.data.labels import IGNORE, get_space
-from pmm_fast.data.survey import FAULTS
+from pmm_fast.data.survey import FaultKind
 from tests.data import trees
 from tests.data.test_prepare import REAL, SIZE, files, ids, kitti, needs_real, picture, plant, save, town
 
@@ -86,7 +86,7 @@ def test_every_planted_fault_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {(fault["name"], fault["kind"]) for fault in found} == {
         (name, message.partition(":")[0]) for name, message in faults.items()
     }
-    assert {fault["kind"] for fault in found} <= set(FAULTS) and "WRONG: " in said and "7 FAULTS" in said
+    assert {fault["kind"] for fault in found} <= set(get_args(FaultKind)) and "WRONG: " in said and "7 FAULTS" in said
     # without one of the fields nobody finds the file
     assert all(fault["split"] == "train" and Path(fault["path"]).parts for fault in found)
 
@@ -263,6 +263,56 @@ def test_real_data(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "kitti.png", "idd_lite.png"}
 
 
+def test_every_domain_has_a_sheet_of_its_own(tmp_path: Path) -> None:
+    names = ["東京", "a/town", "a_town", "A_town", "...", "/", "x" * 300]
+    towns = [str(town(tmp_path / name, 1, ("val",))) for name in names[:3]]
+    assert run("--domains", *towns, "--splits", "val", "--out", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    found = verify_report.sheet_names(names)
+    assert found[:6] == ["東京.png", "a_town.png", "a_town_2.png", "A_town_3.png", "domain.png", "domain_2.png"]
+    assert len(found[6]) < 100
+
+
+def test_a_domain_that_does_not_map_is_refused_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = cityscapes(tmp_path, monkeypatch, {"val/a/1": ids(0) % 19})
+    save(tmp_path / "camvid/val/a.png", picture(0))
+    save(tmp_path / "camvid/valannot/a.png", ids(0) % 11)
+    monkeypatch.setattr(verify_report, "survey_split", None)
+    with pytest.raises(DataError, match=r"domain 'camvid' with --label-space cityscapes19: .*camvid11"):
+        run(root, "--domains", "cityscapes", "camvid", "--splits", "val")
+
+
+def test_domains_that_are_not_looked_at_are_not_called_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    town(tmp_path / "one", 2)
+    file = tmp_path / "my.yaml"
+    file.write_text("data: {sources: [one], unseen: [other]}")
+    assert run(tmp_path, "--config", file, "--splits", "train", "--out", tmp_path / "out") == 0
+    assert [domain["name"] for domain in report(tmp_path / "out")["domains"]] == ["one"]
+    assert "not looked at, only needed in other splits: other" in capsys.readouterr().out
+    file.write_text("data: {sources: [], unseen: [other]}")
+    with pytest.raises(ConfigError, match="--splits train: no domain"):
+        run(tmp_path, "--config", file, "--splits", "train")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("unseen: [streets/nonn]", "streets/noon"),
+        ("unseen: [citiscapes]", "did you mean 'cityscapes'"),
+        ("unseen: ['gtav:offical']", "did you mean 'gtav:official'"),
+        ("unseen: [mine], domains: {mine: {dataset: gtaw}}", "did you mean 'gtav'"),
+    ],
+)
+def test_misspelt_names_are_wrong_options_in_a_file_too(tmp_path: Path, data: str, message: str) -> None:
+    (tmp_path / "my.yaml").write_text(f"data: {{sources: [], {data}}}")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "--config", tmp_path / "my.yaml")
+
+
 # --- contact sheet ----------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +358,9 @@ def test_percent() -> None:
         ("--protocol gst", "invalid choice: 'gst'"),
         ("--domains gtav --limit -1", "--limit: expected at least 0, got -1"),
         ("--domains gtav --workers 0", "--workers: expected at least 1, got 0"),
+        ("--domains streets/nonn", "streets/noon"),
+        ("--domains gtav:offical", "did you mean 'gtav:official'"),
+        (f"--domains gtav --out {__file__}", "--out: expected a folder, but .*test_verify.py is a file"),
         ("--domains gtaw", "did you mean 'gtav'"),
         ("--domains gtav --label-space cityscapes", "did you mean 'cityscapes19'"),
         ("/no/such/folder --domains gtav", "no such folder: /no/such/folder"),
