@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from pmm_fast.config import Config, ConfigError, Parser, from_dict, preset_names, validate
+from pmm_fast.config import Config, ConfigError, Parser, from_dict, leave_one_out, preset_names, validate
 from tests import repository
 
 DOCUMENTS = [*sorted(repository.ROOT.glob("*.md")), *repository.files(("docs",), (".md",))]
@@ -73,7 +73,8 @@ def parse(monkeypatch, tmp_path):
 
     def stop(self, arguments=None):
         own, options = parse_options(self, arguments)
-        validate(from_dict(options, "command line", self._base or Config()), training=self._base is not None)
+        config, training = from_dict(options, "command line", self._base or Config()), self._base is not None
+        validate(leave_one_out(config) if training else config, training=training)
         raise ParsedError(own)
 
     monkeypatch.setattr(Parser, "parse_options", stop)
