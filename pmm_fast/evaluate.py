@@ -135,8 +135,9 @@ def evaluate_runs(
         The results of each run, and the pictures of ``PICTURES`` evenly spaced images of each domain.
     """
     from pmm_fast.data.labels import get_space
+    from pmm_fast.data.survey import evenly_spaced
     from pmm_fast.engine.build import amp_type, pick_device, set_float32_precision
-    from pmm_fast.engine.evaluate import evaluate_domain, evenly_spaced
+    from pmm_fast.engine.evaluate import evaluate_domain
     from pmm_fast.viz.overlays import overlay
 
     space, device = get_space(config.data.label_space), pick_device(config.device)

@@ -129,7 +129,7 @@ def prepare_domain(
         if folder.exists():
             _compare(folder, options)
             _refuse_strays(folder, listings, settings)
-            # a run that was killed, of an older version, may have left a folder of this name without the record
+            # without the record, which somebody may have removed, it is as good as begun
             if (folder / PREPARED).exists():
                 record = read_prepared(folder)
                 skipped = [Fault(**fault) for fault in record.skipped]  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pmm_fast.config.schema import EvalConfig
+from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.data.transforms import normalise
 from pmm_fast.engine.metrics import Confusion
 
@@ -66,13 +67,6 @@ class DomainResult:
     confusion: Confusion
     images: int
     seconds: float
-
-
-def evenly_spaced(total: int, limit: int) -> list[int]:
-    """At most ``limit`` of the indices below ``total``, evenly spaced and each from the middle of its share; 0: all."""
-    if not 0 < limit < total:
-        return list(range(total))
-    return [(2 * i + 1) * total // (2 * limit) for i in range(limit)]
 
 
 # --- one image ----------------------------------------------------------------------------------------------------

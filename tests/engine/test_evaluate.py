@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from pmm_fast import evaluate as program
 from pmm_fast.config import ConfigError, EvalConfig
 from pmm_fast.data import normalise
+from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.engine import checkpoint
 from pmm_fast.engine.evaluate import (
     DomainResult,
     evaluate_domain,
-    evenly_spaced,
     predict_logits,
     tile_starts,
     write_results,
