@@ -124,16 +124,17 @@ def prepare_domain(
     folder = out / folder_name(next(iter(listings.values())))
     check_target(folder, listings)
     options = _options(folder.name, listings, settings)
+    by_name = [fault for listing in listings.values() for fault in listing_faults(listing)]
     partial = folder.with_name(folder.name + PARTIAL)
     with _alone(folder):
         if folder.exists():
             _compare(folder, options)
-            _refuse_strays(folder, listings, settings)
+            _refuse_strays(folder, listings, by_name, settings)
             # without the record, which somebody may have removed, it is as good as begun
             if (folder / PREPARED).exists():
                 record = read_prepared(folder)
                 skipped = [Fault(**fault) for fault in record.skipped]  # type: ignore[arg-type]
-                if (skip_faulty or not skipped) and _is_whole(folder, listings, settings, skipped):
+                if (skip_faulty or not skipped) and _is_whole(folder, listings, by_name, settings, skipped):
                     return Result(folder, record.counts, skipped, True, 0)
             if partial.exists():
                 raise DataError(f"--out: there is {partial} beside {folder}: delete one of them")
@@ -142,25 +143,26 @@ def prepare_domain(
             os.replace(folder, partial)
         elif _is_begun(partial):
             _compare(partial, options)
-            _refuse_strays(partial, listings, settings)
+            _refuse_strays(partial, listings, by_name, settings)
         else:
             partial.mkdir(exist_ok=True)
             _write_json(partial / OPTIONS, options)
         (partial / PREPARED).unlink(missing_ok=True)
-        return _fill(partial, folder, listings, options, settings, workers, skip_faulty)
+        return _fill(partial, folder, listings, by_name, options, settings, workers, skip_faulty)
 
 
 def _fill(
     partial: Path,
     folder: Path,
     listings: Mapping[str, Listing],
+    by_name: list[Fault],
     options: dict[str, Any],
     settings: Settings,
     workers: int,
     skip_faulty: bool,
 ) -> Result:
     remove_parts(partial)
-    faults = [fault for listing in listings.values() for fault in listing_faults(listing)]
+    faults = list(by_name)
     written = 0
     for split, writer in _writers(listings, partial, settings, faults).items():
         found, new = _write_split(writer, listings[split], workers, f"{folder.name} {split}")
@@ -207,24 +209,24 @@ def _is_begun(partial: Path) -> bool:
     return partial.exists() and any(not path.name.endswith(PART) for path in partial.iterdir())
 
 
-def _is_whole(folder: Path, listings: Mapping[str, Listing], settings: Settings, skipped: list[Fault]) -> bool:
+def _is_whole(
+    folder: Path, listings: Mapping[str, Listing], by_name: list[Fault], settings: Settings, skipped: list[Fault]
+) -> bool:
     """Whether every pair of the originals is there as they are now, but for those that were left out."""
-    faults = [fault for listing in listings.values() for fault in listing_faults(listing)]
     known = {(fault.split, fault.name) for fault in skipped}
-    if any((fault.split, fault.name) not in known for fault in faults):
+    if any((fault.split, fault.name) not in known for fault in by_name):
         return False
-    writers = _writers(listings, folder, settings, faults + skipped)
+    writers = _writers(listings, folder, settings, by_name + skipped)
     return all(writer.done(index) for writer in writers.values() for index in range(len(writer.keys)))
 
 
-def _refuse_strays(folder: Path, listings: Mapping[str, Listing], settings: Settings) -> None:
+def _refuse_strays(folder: Path, listings: Mapping[str, Listing], by_name: list[Fault], settings: Settings) -> None:
     """Refuse a folder that holds what the originals do not, or no longer, or under another extension.
 
     Raises:
         DataError: naming the first such file.
     """
-    faults = [fault for listing in listings.values() for fault in listing_faults(listing)]
-    writers = _writers(listings, folder, settings, faults)
+    writers = _writers(listings, folder, settings, by_name)
     expected = {
         path for writer in writers.values() for index in range(len(writer.keys)) for path in writer.targets(index)
     }
