@@ -132,6 +132,9 @@ def session() -> Iterator[Ranks]:
 
 def _join() -> tuple[Any, Ranks]:
     """The store that torchrun's processes share, and this process's place among them."""
+    # before there is a group: its functions take the group of that moment for a default and would keep it, and with it
+    # gloo's threads, which abort the process if the interpreter ends under them
+    import torch.distributed.nn
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pmm_fast.engine.distributed import Ranks
 from pmm_fast.ops.collective import count_ranks, sum_over_ranks
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import launch, run_ranks
 
 
 def differentiate(x: torch.Tensor, group: str, weight: float) -> list[torch.Tensor]:
@@ -96,3 +96,28 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"^device: process 2 of this machine has no GPU of its own, it has 2$"):
         Ranks(2, 4, 2, "group").device("auto")
+
+
+LEAVES_NO_THREAD = """
+import os, torch
+from pmm_fast.engine import distributed
+from pmm_fast.ops.collective import sum_over_ranks
+
+def threads():
+    return sorted(open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task"))
+
+with distributed.session() as ranks:
+    # this imports what takes the group for a default argument
+    sum_over_ranks(torch.zeros(1), ranks.group)
+    inside = threads()
+print(len([name for name in inside if "gloo" in name]), [name for name in threads() if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+def test_a_session_leaves_no_thread_behind() -> None:
+    # a thread that frees a tensor while the interpreter ends aborts the process
+    ((code, out, err),) = launch(1, "-c", LEAVES_NO_THREAD)
+    assert code == 0, err
+    count, left = out.split(maxsplit=1)
+    assert int(count) > 0 and left.strip() == "[]"
