@@ -70,7 +70,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*)
 	  $(PIP) $$index $(TORCH); \
 	fi
 	@echo "installing pmm_fast and its tools, compiling its kernels (about two minutes)"
-	@$(PIP) -e '.[viz,tensorboard,dev]'
+	@$(PIP) -e '.[viz,tensorboard,onnx,video,dev]'
 	@echo "installing DALI, which loads the data (some 700 MB)"
 	@$(PIP) $(DALI) || echo "warning: DALI is not to be had; torch will load the data"
 	@$(BIN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON) \

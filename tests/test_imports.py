@@ -15,12 +15,11 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "ops": {"kernels"},
     "models": {"ops", "kernels"},
-    "convert": {"models", "ops"},
     "meta": {"models", "ops"},
     "config": set(),
     "data": {"config", "ops"},
     "viz": {"config", "data"},
-    "engine": {"ops", "models", "convert", "meta", "config", "data", "viz"},
+    "engine": {"ops", "models", "meta", "config", "data", "viz"},
 }
 PROGRAM = {*ALLOWED, "package"}
 HEAVY = {"torch", "numpy", "PIL", "yaml", "matplotlib", "sklearn", "triton", "tqdm", "safetensors"}

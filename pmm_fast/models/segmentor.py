@@ -97,7 +97,7 @@ class Segmentor(nn.Module):
 
         Args:
             images: ``[N, 3, H, W]`` floating point, normalised by ImageNet's mean and deviation.
-            noise: ``[N, K, h, w]`` Gumbel noise on the read, or None.
+            noise: ``[N, K, h, w]`` Gumbel noise on the read, or its seed (int64, one element), or None.
 
         Returns:
             Logits at image size, the features and the assignment.
@@ -105,6 +105,11 @@ class Segmentor(nn.Module):
         Raises:
             ValueError: images of another shape, or noise for a network without a memory.
         """
+        coarse = self.predict_coarse(images, noise)
+        return coarse._replace(logits=upsample(coarse.logits, (images.shape[2], images.shape[3])))
+
+    def predict_coarse(self, images: Tensor, noise: Tensor | None = None) -> Output:
+        """:meth:`forward` with the logits at the decoder's own resolution, before they are upsampled to the images."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"Segmentor: images must be [N, 3, H, W], got shape {tuple(images.shape)}")
         features = self.encoder(images)
@@ -113,8 +118,7 @@ class Segmentor(nn.Module):
             read_feature, _, assignment = self.memory(features.feature, noise)
         elif noise is not None:
             raise ValueError("Segmentor: noise was given, but this network has no memory to read")
-        logits = upsample(self.decoder(read_feature, features.low_level), (images.shape[2], images.shape[3]))
-        return Output(logits, features.feature, read_feature, assignment)
+        return Output(self.decoder(read_feature, features.low_level), features.feature, read_feature, assignment)
 
 
 def build_model(
