@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pmm_fast.data.contact_sheet import title_font
-from pmm_fast.data.labels import LabelSpace, colourise
+from pmm_fast.data.labels import Colour, LabelSpace, colourise
 
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 32)
@@ -45,11 +45,11 @@ def overlay(image: Image.Image, labels: np.ndarray, space: LabelSpace, alpha: fl
     return Image.fromarray(np.where(known, painted, grey).round().astype(np.uint8))
 
 
-def legend(space: LabelSpace, width: int, size: int = 15) -> Image.Image:
-    """A strip of colour swatches with class names, wrapped to a width.
+def swatches(entries: Sequence[tuple[str, Colour]], width: int, size: int = 15) -> Image.Image:
+    """A strip of colours with their names, wrapped to a width.
 
     Args:
-        space: classes and colours.
+        entries: name and colour of each; at least one.
         width: of the strip, in pixels.
         size: of the text, in pixels.
 
@@ -57,17 +57,23 @@ def legend(space: LabelSpace, width: int, size: int = 15) -> Image.Image:
         RGB image of that width.
     """
     font, swatch = title_font(size), round(1.1 * size)
-    column = swatch + size // 2 + 2 * size + math.ceil(max(_text_width(name, font) for name in space.classes))
-    columns = max(1, min(len(space.classes), width // column))
-    rows = -(-len(space.classes) // columns)
+    column = swatch + size // 2 + 2 * size + math.ceil(max(font.getlength(name) for name, _ in entries))
+    columns = max(1, min(len(entries), width // column))
+    rows = -(-len(entries) // columns)
     line = round(1.7 * size)
     strip = Image.new("RGB", (width, rows * line + GAP), BACKGROUND)
     draw = ImageDraw.Draw(strip)
-    for position, (name, colour) in enumerate(zip(space.classes, space.colours, strict=True)):
-        left, top = position % columns * (width // columns), position // columns * line + GAP // 2
+    for position, (name, colour) in enumerate(entries):
+        left, top = position % columns * column, position // columns * line + GAP // 2
         draw.rectangle((left, top, left + swatch, top + swatch), fill=colour, outline=INK)
-        draw.text((left + swatch + size // 2, top + swatch / 2), name, INK, font, anchor="lm")
+        fitting = shorten(name, font, width - swatch - size // 2)
+        draw.text((left + swatch + size // 2, top + swatch / 2), fitting, INK, font, anchor="lm")
     return strip
+
+
+def legend(space: LabelSpace, width: int, size: int = 15) -> Image.Image:
+    """The ``swatches`` of a label space's classes."""
+    return swatches(list(zip(space.classes, space.colours, strict=True)), width, size)
 
 
 def comparison_grid(
@@ -76,8 +82,9 @@ def comparison_grid(
     row_titles: Sequence[str] | None = None,
     space: LabelSpace | None = None,
     cell_width: int = 420,
+    key: Sequence[tuple[str, Colour]] = (),
 ) -> Image.Image:
-    """Images in a grid, with a title above each column, one beside each row, and a legend below.
+    """Images in a grid, with a title above each column, one beside each row, and legends below.
 
     Args:
         rows: the images; every row has one a column, and all of a row the shape of its first.
@@ -85,6 +92,7 @@ def comparison_grid(
         row_titles: one a row, or None.
         space: label space to explain in the legend, or None.
         cell_width: width of a column in pixels; images are resized to it.
+        key: names and colours to explain in a legend of their own.
 
     Returns:
         RGB image.
@@ -105,42 +113,40 @@ def comparison_grid(
     heights = [max(1, round(cell_width * row[0].height / row[0].width)) for row in rows]
     head = round(2.2 * size)
     width = left + len(titles) * (cell_width + GAP)
-    strip = legend(space, width - left - GAP, small_size) if space is not None else None
-    height = head + sum(heights) + len(rows) * GAP + (strip.height + GAP if strip is not None else 0)
-    grid = Image.new("RGB", (width, int(height)), BACKGROUND)
+    strips = [legend(space, width - left - GAP, small_size)] if space is not None else []
+    strips += [swatches(key, width - left - GAP, small_size)] if key else []
+    height = head + sum(heights) + len(rows) * GAP + sum(strip.height + GAP for strip in strips)
+    grid = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(grid)
     for column, title in enumerate(titles):
         middle = left + column * (cell_width + GAP) + cell_width / 2
-        draw.text((middle, head / 2), _shorten(title, font, cell_width), INK, font, anchor="mm")
+        draw.text((middle, head / 2), shorten(title, font, cell_width), INK, font, anchor="mm")
     top = head
     for position, row in enumerate(rows):
         if row_titles is not None:
-            grid.paste(_upright(row_titles[position], small, heights[position]), (GAP // 2, top))
+            grid.paste(upright(row_titles[position], small, heights[position]), (GAP // 2, top))
         for column, image in enumerate(row):
             cell = image.convert("RGB").resize((cell_width, heights[position]), Image.Resampling.LANCZOS)
             grid.paste(cell, (left + column * (cell_width + GAP), top))
         top += heights[position] + GAP
-    if strip is not None:
+    for strip in strips:
         grid.paste(strip, (left, top))
+        top += strip.height + GAP
     return grid
 
 
-def _upright(text: str, font: ImageFont.FreeTypeFont, height: int) -> Image.Image:
+def upright(text: str, font: ImageFont.FreeTypeFont, height: int, ink: Colour = FAINT) -> Image.Image:
     """Text that reads from bottom to top, centred in a strip of a height."""
     strip = Image.new("RGB", (height, int(1.6 * font.size)), BACKGROUND)
     middle = (height / 2, strip.height / 2)
-    ImageDraw.Draw(strip).text(middle, _shorten(text, font, height), FAINT, font, anchor="mm")
+    ImageDraw.Draw(strip).text(middle, shorten(text, font, height), ink, font, anchor="mm")
     return strip.transpose(Image.Transpose.ROTATE_90)
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    # the end of a name (run, file) tells more than its beginning
-    if _text_width(text, font) <= width:
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, or as much of its end as a width has room for: the end of a name (run, file) tells more."""
+    if font.getlength(text) <= width:
         return text
-    while len(text) > 1 and _text_width("…" + text, font) > width:
+    while len(text) > 1 and font.getlength("…" + text) > width:
         text = text[1:]
     return "…" + text
-
-
-def _text_width(text: str, font: ImageFont.FreeTypeFont) -> float:
-    return font.getlength(text)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pmm_fast.data import get_space
-from pmm_fast.viz.overlays import BACKGROUND, GAP, comparison_grid, legend, overlay
+from pmm_fast.viz.overlays import BACKGROUND, GAP, comparison_grid, legend, overlay, swatches
 
 SPACE = get_space("cityscapes19")
 
@@ -68,6 +68,22 @@ def test_grid_has_images_where_they_belong() -> None:
     assert inked[boxes["blue"][1] + 100 + GAP :].any()
     bare = comparison_grid(rows, ["", ""], cell_width=100)
     assert bare.width < grid.width and bare.height < grid.height
+
+
+def test_a_key_stands_below_the_legend_of_the_classes() -> None:
+    key = [("good", (1, 2, 3)), ("bad", (9, 8, 7))]
+    row = [[plain((200, 0, 0))]]
+    pixels = np.asarray(comparison_grid(row, ["a"], space=SPACE, cell_width=300, key=key))
+    tops = [np.nonzero((pixels == colour).all(2))[0].min() for colour in (SPACE.colours[18], *dict(key).values())]
+    assert tops[0] < tops[1] == tops[2]
+    without = comparison_grid(row, ["a"], space=SPACE, cell_width=300)
+    assert without.height == pixels.shape[0] - swatches(key, 300, 12).height - GAP
+
+
+def test_swatches_stand_in_order_and_side_by_side() -> None:
+    strip = np.asarray(swatches([("one", (1, 2, 3)), ("two", (4, 5, 6)), ("three", (7, 8, 9))], 800))
+    lefts = [np.nonzero((strip == colour).all(2))[1].min() for colour in ((1, 2, 3), (4, 5, 6), (7, 8, 9))]
+    assert lefts[0] < lefts[1] < lefts[2] < 400
 
 
 def test_long_titles_keep_to_their_column() -> None:
