@@ -144,6 +144,8 @@ def _errors(operator: str, backend: str, device: Any) -> list[float]:
 
     if operator == "photometric":
         return [_photometric_error(backend, device)]
+    if operator == "merge_tiles":
+        return [_merge_error(backend, device)]
     with ops.use_backend("reference"):
         expected = _derivatives(operator, device, exact=True)
     with ops.use_backend(backend):
@@ -167,6 +169,24 @@ def _photometric_error(backend: str, device: Any) -> float:
             results.append(ops.photometric(images, looks, (0.5,) * 3, (0.25,) * 3).double())
     expected, found = results
     return float((found - expected).abs().mean() / expected.abs().mean())
+
+
+def _merge_error(backend: str, device: Any) -> float:
+    """The largest error of the average and of the confidence, and how far a class chosen is below the best."""
+    import torch
+
+    from pmm_fast import ops
+
+    logits = torch.randn(2, 4, 19, 6, 7, generator=torch.Generator().manual_seed(0)).to(device)
+    places = [0, 0, 11, 11], [0, 13, 0, 13], (17, 23), (28, 36)
+    with ops.use_backend("reference"):
+        expected = ops.merge_tiles(logits.double(), *places).double()
+    with ops.use_backend(backend):
+        average, (classes, confidence) = ops.merge_tiles(logits, *places), ops.segment_tiles(logits, *places, True)
+    assert confidence is not None
+    chosen = expected.gather(0, classes.long().unsqueeze(0))[0]
+    pairs = [(average, expected), (confidence, expected.softmax(0).amax(0)), (chosen, expected.amax(0))]
+    return float(torch.stack([_error(*pair) for pair in pairs]).max())
 
 
 def _error(found: Tensor, expected: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from pmm_fast import doctor, ops
 from pmm_fast.ops import backends, extension
-from pmm_fast.ops.cpu import memory_read, photometric
+from pmm_fast.ops.cpu import memory_read, merge_tiles, photometric
 
 NEEDS_CPU = pytest.mark.skipif(extension.missing("_C") is not None, reason=str(extension.missing("_C")))
 
@@ -55,6 +55,22 @@ def test_wrong_colours_are_reported(monkeypatch):
     assert doctor.collect()["checks"]["cpu photometric"]["right"]
     monkeypatch.setattr(photometric, "forward", wrong)
     assert not doctor.collect()["checks"]["cpu photometric"]["right"]
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("result", [-3, -2, -1])
+def test_wrong_tiles_are_reported(monkeypatch, result):
+    """The average, the classes or the confidence, a pixel further on."""
+    forward = merge_tiles.forward
+
+    def wrong(*arguments):
+        forward(*arguments)
+        arguments[result].copy_(arguments[result].roll(1, -1))
+
+    monkeypatch.setattr(backends, "BACKENDS", ("cpu", "reference"))
+    assert doctor.collect()["checks"]["cpu merge_tiles"]["right"]
+    monkeypatch.setattr(merge_tiles, "forward", wrong)
+    assert not doctor.collect()["checks"]["cpu merge_tiles"]["right"]
 
 
 @NEEDS_CPU

@@ -30,6 +30,10 @@ BIAS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.fl
 # fewer elements than these say nothing as a vector
 VECTOR_ELEMENTS = 16
 
+# plain PyTorch's upsampling in float32, of the largest value: its positions are float32 too, so that a weight is off by
+# about a unit in the last place of the column's number (8e-6 measured at 100 columns); kernels have exact ones
+UPSAMPLED = 2e-5
+
 # two float64 computations of the same gradient by different routes
 EXACT = 1e-9
 # losses of several ranks against those of one process, which adds up in another order: float32 at the first iteration,
@@ -52,6 +56,10 @@ RECOVERED_NOISE = 1e-9
 # share of the levels that a blur may round to the other neighbour, since sums in another order are some 1e-5 of a level
 # away (5e-6 measured, portable C++ on random images)
 BLUR_TIES = 5e-5
+# averaged logits of tiles and views in float32 against the same in float64, upsampled by other code and in other
+# batches, of the largest logit; probabilities likewise (7e-7 measured; a batch of another size may take another
+# convolution)
+MERGED_LOGITS = 5e-6
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

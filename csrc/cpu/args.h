@@ -79,6 +79,21 @@ struct PhotometricArgs {
 
 constexpr int64_t kMaxRadius = 32;
 
+// merge_tiles of T tiles.
+struct MergeArgs {
+  Type type = Type::kFloat32;
+  int64_t batch = 0, classes = 0, height = 0, width = 0;  // T, and of the logits
+  int64_t tile_height = 0, tile_width = 0, image_height = 0, image_width = 0;
+  int threads = 1;
+  Map logits, mirrored;  // a view each, [T, K, h, w]; the second is optional
+  const int64_t *tops = nullptr, *lefts = nullptr;
+  // results: the average [K, H, W], or else classes and, optional, confidence [H, W]; contiguous
+  float* average = nullptr;
+  uint8_t* labels = nullptr;
+  float* confidence = nullptr;
+  void* workspace = nullptr;
+};
+
 // resized_crop of one image, by one thread; sizes and places in pixels.
 struct CropArgs {
   const uint8_t* part = nullptr;  // what is at hand of the image, [part_height, part_width, 3], rows part_stride apart
@@ -98,6 +113,8 @@ struct Kernels {
   bool (*loss)(const LossArgs&);
   int64_t (*photometric_workspace)(const PhotometricArgs&);
   void (*photometric)(const PhotometricArgs&);
+  int64_t (*merge_workspace)(const MergeArgs&);
+  void (*merge_tiles)(const MergeArgs&);
   void (*resized_crop)(const CropArgs&);
 };
 

@@ -20,12 +20,15 @@ namespace pmm {
   bool loss(const LossArgs&);                            \
   int64_t photometric_workspace(const PhotometricArgs&); \
   void photometric(const PhotometricArgs&);              \
+  int64_t merge_workspace(const MergeArgs&);             \
+  void merge_tiles(const MergeArgs&);                    \
   void resized_crop(const CropArgs&);                    \
   }
 #define PMM_KERNELS(ISA)                                                                   \
   {                                                                                        \
     #ISA, ISA::pass_workspace, ISA::pass, ISA::loss_workspace, ISA::loss,                  \
-        ISA::photometric_workspace, ISA::photometric, ISA::resized_crop                    \
+        ISA::photometric_workspace, ISA::photometric,                                      \
+        ISA::merge_workspace, ISA::merge_tiles, ISA::resized_crop                          \
   }
 PMM_DECLARE(portable)
 #if defined(__x86_64__)
@@ -166,6 +169,20 @@ PhotometricArgs photometric_args(const py::kwargs& given) {
   return a;
 }
 
+MergeArgs merge_args(const py::kwargs& given) {
+  MergeArgs a;
+  Fields f(given);
+  f.choice("type", a.type), f.number("batch", a.batch), f.number("classes", a.classes);
+  f.number("height", a.height), f.number("width", a.width);
+  f.number("tile_height", a.tile_height), f.number("tile_width", a.tile_width);
+  f.number("image_height", a.image_height), f.number("image_width", a.image_width), f.number("threads", a.threads);
+  f.map("logits", a.logits), f.map("mirrored", a.mirrored), f.address("tops", a.tops), f.address("lefts", a.lefts);
+  f.address("average", a.average), f.address("labels", a.labels), f.address("confidence", a.confidence);
+  f.address("workspace", a.workspace);
+  f.finish();
+  return a;
+}
+
 CropArgs crop_args(const py::kwargs& given) {
   CropArgs a;
   Fields f(given);
@@ -209,6 +226,10 @@ PYBIND11_MODULE(_C, module) {
              "Bytes of scratch memory that photometric needs for these arguments.");
   module.def("photometric",
              [](py::kwargs given) { without_lock(active().photometric, photometric_args(given)); }, "photometric.");
+  module.def("merge_workspace", [](py::kwargs given) { return active().merge_workspace(merge_args(given)); },
+             "Bytes of scratch memory that merge_tiles needs for these arguments.");
+  module.def("merge_tiles", [](py::kwargs given) { without_lock(active().merge_tiles, merge_args(given)); },
+             "merge_tiles.");
   module.def("resized_crop", [](py::kwargs given) { without_lock(active().resized_crop, crop_args(given)); },
              "resized_crop.");
 }

@@ -15,6 +15,8 @@ int64_t loss_workspace(const LossArgs&);
 bool loss(const LossArgs&);
 int64_t photometric_workspace(const PhotometricArgs&);
 void photometric(const PhotometricArgs&);
+int64_t merge_workspace(const MergeArgs&);
+void merge_tiles(const MergeArgs&);
 void resized_crop(const CropArgs&);
 
 }  // namespace pmm::PMM_ISA

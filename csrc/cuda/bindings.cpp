@@ -16,6 +16,7 @@ namespace py = pybind11;
 using pmm::Call;
 using pmm::Labels;
 using pmm::Map;
+using pmm::Merge;
 using pmm::Order;
 using pmm::Photometric;
 using pmm::Upsample;
@@ -143,6 +144,28 @@ void bind_photometric(py::module_& module) {
     module.def("photometric_workspace", pmm::photometric_workspace);
 }
 
+void bind_merge(py::module_& module) {
+    py::class_<Merge> call(module, "Merge", "One call of merge_tiles; fields as in operators.h.");
+    call.def(py::init<>());
+    call.def_property(
+        "type", [](const Merge&) { return py::none(); },
+        [](Merge& merge, int type) { merge.type = static_cast<pmm::Type>(type); });
+    call.def_readwrite("views", &Merge::views).def_readwrite("tiles", &Merge::tiles);
+    call.def_readwrite("classes", &Merge::classes);
+    call.def_readwrite("height", &Merge::height).def_readwrite("width", &Merge::width);
+    call.def_readwrite("tile_height", &Merge::tile_height).def_readwrite("tile_width", &Merge::tile_width);
+    call.def_readwrite("image_height", &Merge::image_height).def_readwrite("image_width", &Merge::image_width);
+    array(call, "strides", &Merge::strides);
+    address(call, "logits", &Merge::logits);
+    address(call, "tops", &Merge::tops);
+    address(call, "lefts", &Merge::lefts);
+    address(call, "average", &Merge::average);
+    address(call, "labels", &Merge::labels);
+    address(call, "confidence", &Merge::confidence);
+    address(call, "stream", &Merge::stream);
+    module.def("merge_tiles", pmm::merge_tiles);
+}
+
 template <class Owner>
 void bind_operator(py::module_& module, const char* name, void (*run)(Order, const Owner&),
                    Workspace (*workspace)(Order, const Owner&)) {
@@ -175,6 +198,7 @@ PYBIND11_MODULE(_CUDA, module) {
     bind_call(module);
     bind_upsample(module);
     bind_photometric(module);
+    bind_merge(module);
     bind_operator<Call>(module, "masked_average_pool", pmm::masked_average_pool, pmm::masked_average_pool_workspace);
     bind_operator<Call>(module, "memory_read", pmm::memory_read, pmm::memory_read_workspace);
     bind_operator<Call>(module, "memory_pass", pmm::memory_pass, pmm::memory_pass_workspace);

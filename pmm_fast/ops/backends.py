@@ -24,7 +24,14 @@ from torch import Tensor
 from pmm_fast.ops import extension
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
-OPERATORS = ("masked_average_pool", "memory_read", "memory_pass", "upsample_cross_entropy", "photometric")
+OPERATORS = (
+    "masked_average_pool",
+    "memory_read",
+    "memory_pass",
+    "upsample_cross_entropy",
+    "photometric",
+    "merge_tiles",
+)
 # arguments, by place, that may be on the CPU whatever device the call is for
 HOST_ARGUMENTS = {"photometric": (1,)}
 

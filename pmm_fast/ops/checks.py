@@ -113,6 +113,61 @@ def check_statistics(operator: str, mean: Sequence[float], std: Sequence[float])
         raise ValueError(f"{operator}: std must be positive, got {tuple(std)}")
 
 
+def check_tiles(
+    operator: str,
+    logits: Tensor,
+    tops: Sequence[int],
+    lefts: Sequence[int],
+    tile: tuple[int, int],
+    size: tuple[int, int],
+) -> None:
+    """Logits ``[V, T, K, h, w]`` of T tiles that lie inside an image and cover it."""
+    if logits.dim() != 5 or logits.shape[0] not in (1, 2) or logits.numel() == 0:
+        raise ValueError(
+            f"{operator}: logits must be [V, T, K, h, w] with V = 1, or 2 with the mirrored view, and not empty, "
+            f"got shape {tuple(logits.shape)}"
+        )
+    if logits.dtype not in _FLOATS:
+        raise ValueError(f"{operator}: logits must be floating point, got {logits.dtype}")
+    for name, given in (("tops", tops), ("lefts", lefts)):
+        if len(given) != logits.shape[1]:
+            raise ValueError(f"{operator}: {name} must be T = {logits.shape[1]} numbers, got {len(given)}")
+    (tile_height, tile_width), (height, width) = tile, size
+    if not (0 < tile_height <= height and 0 < tile_width <= width):
+        raise ValueError(
+            f"{operator}: a tile must have pixels and fit into the image, got {tile_height} x {tile_width} "
+            f"in {height} x {width}"
+        )
+    for index, (top, left) in enumerate(zip(tops, lefts, strict=True)):
+        if not (0 <= top <= height - tile_height and 0 <= left <= width - tile_width):
+            raise ValueError(
+                f"{operator}: tile {index} of {tile_height} x {tile_width} at row {top}, column {left} is not inside "
+                f"the image of {height} x {width}"
+            )
+    _check_covered(operator, tops, lefts, tile, size)
+
+
+def _check_covered(
+    operator: str, tops: Sequence[int], lefts: Sequence[int], tile: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Every pixel lies in a tile: the first of each part that the edges of the tiles cut the image into does."""
+
+    def parts(starts: Sequence[int], length: int, end: int) -> tuple[list[int], Tensor]:
+        """Where the parts along an axis begin, and which tiles cover each, ``[parts, T]``."""
+        begins = sorted({0, *starts, *(start + length for start in starts)} - {end})
+        offset = torch.tensor(begins)[:, None] - torch.tensor(list(starts))
+        return begins, ((offset >= 0) & (offset < length)).float()
+
+    rows, covers_row = parts(tops, tile[0], size[0])
+    columns, covers_column = parts(lefts, tile[1], size[1])
+    missed = (covers_row @ covers_column.T == 0).nonzero().tolist()
+    if missed:
+        row, column = rows[missed[0][0]], columns[missed[0][1]]
+        raise ValueError(
+            f"{operator}: no tile covers the pixel at row {row}, column {column} of the image of {size[0]} x {size[1]}"
+        )
+
+
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Operators choose their own precision: float32 sums, norms and softmax whatever autocast says."""
     if not torch.amp.is_autocast_available(tensor.device.type):

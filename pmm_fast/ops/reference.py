@@ -3,10 +3,12 @@
 Any device, float64/float32/bf16/fp16 inputs, any derivative order.  Kernels are correct when they equal these
 functions; the derivations are in ``docs/ops``.
 
-Shapes: B images, C channels, K classes, h x w feature positions, H x W label pixels.
+Shapes: B images, C channels, K classes, h x w feature positions, H x W label pixels; V views, T tiles.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -186,3 +188,19 @@ def upsample_cross_entropy(
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
     total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="sum")
     return total / (labels.long() != ignore_index).sum().clamp(min=1)
+
+
+def merge_tiles(
+    logits: Tensor, tops: Sequence[int], lefts: Sequence[int], tile: Sequence[int], size: Sequence[int]
+) -> Tensor:
+    """See :func:`pmm_fast.ops.merge_tiles`; the average in the type it is computed in."""
+    views, _, classes, *_ = logits.shape
+    total = logits.new_zeros((classes, *size), dtype=compute_dtype(logits.dtype))
+    covering = total.new_zeros(tuple(size))
+    for index, (top, left) in enumerate(zip(tops, lefts, strict=True)):
+        place = slice(top, top + tile[0]), slice(left, left + tile[1])
+        covering[place] += views
+        for view, mirrored in zip(logits[:, index].to(total.dtype), (False, True), strict=False):
+            own = view.flip(-1) if mirrored else view
+            total[:, *place] += F.interpolate(own[None], tuple(tile), mode="bilinear", align_corners=True)[0]
+    return total / covering

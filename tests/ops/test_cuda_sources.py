@@ -17,10 +17,11 @@ import torch
 from pmm_fast import ops
 from pmm_fast.ops import cuda
 from tests.cuda import build
-from tests.ops import matrix
+from tests.ops import matrix, tiles
 from tests.ops.inputs import make_inputs
 from tests.ops.looks import NOTHING, ORDERS, assert_rendered, photometric, random_images, random_looks
 from tests.ops.matrix import CASES, FEW
+from tests.ops.test_merge_tiles import assert_ties_and_nan
 
 EMULATED = matrix.Target("cuda", "cpu")
 SMALL = {"batch": 1, "channels": 3, "classes": 3, "size": (2, 2), "label_size": (3, 5)}
@@ -233,6 +234,38 @@ def test_looks_take_no_more_launches_than_they_need(gpu):
     assert counts == [3, 2]
 
 
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("name", tiles.CASES)
+def test_tiles(gpu, name, descending):
+    gpu.set_emulation(*USUAL[:2], descending)
+    case, before = tiles.CASES[name], gpu.launches()
+    with matrix.on(EMULATED, "merge_tiles"), matrix.poisoned():
+        tiles.assert_merged(tiles.make(case), case.tiling)
+    # the average, the classes, and these with their confidence
+    assert gpu.launches() - before == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed], ids=lambda layout: layout.__name__)
+def test_tiles_of_any_type(gpu, layout, dtype):
+    case = tiles.CASES["grid"]
+    with matrix.on(EMULATED, "merge_tiles"):
+        tiles.assert_merged(layout(tiles.make(case, dtype)), case.tiling)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_tiles_with_ties_and_nan(gpu, dtype):
+    assert_ties_and_nan(EMULATED, dtype)
+
+
+def test_too_many_tiles(gpu):
+    gpu.set_emulation(256, 2, False)
+    case = tiles.CASES["many tiles"]
+    message = r"merge_tiles of \[1, 70, 2, 2, 3\] to \[3, 78\]: invalid argument"
+    with matrix.on(EMULATED, "merge_tiles"), pytest.raises(RuntimeError, match=message):
+        ops.merge_tiles(tiles.make(case), *case.tiling)
+
+
 def test_matrices_are_padded_and_aligned(gpu):
     call = cuda.memory_call(torch.zeros(1, 3, 2, 2), 2)
     call.matrix("keys", torch.zeros(7)[1:].view(2, 3))
@@ -280,5 +313,5 @@ def test_the_module_imports_without_a_gpu(built):
     run = subprocess.run([sys.executable, "-c", code, str(library.parent)], capture_output=True, text=True, check=True)
     names = set(run.stdout.split())
     operators = {name for case in CASES.values() for name in (case.operator, f"{case.operator}_workspace")}
-    operators |= {"photometric", "photometric_workspace"}
-    assert operators | {"Call", "Upsample", "Photometric"} <= names and "set_emulation" not in names
+    operators |= {"photometric", "photometric_workspace", "merge_tiles"}
+    assert operators | {"Call", "Upsample", "Photometric", "Merge"} <= names and "set_emulation" not in names

@@ -181,10 +181,10 @@ def test_compiles_for_a_gpu(dtype):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     compiled = re.findall(r"^(\w+): (\w+)", run.stdout, re.M)
-    kernels = {"forward_kernel", "backward_kernel", "double_backward_kernel", "finish_kernel"}
+    kernels = {"forward_kernel", "backward_kernel", "double_backward_kernel", "finish_kernel", "merge_kernel"}
     if dtype == "float32":
         kernels |= {"grey_kernel", "change_kernel", "down_kernel", "across_kernel"}
-    assert {name for _, name in compiled} == kernels and len(compiled) == (22 if dtype == "float32" else 9), run.stdout
+    assert {name for _, name in compiled} == kernels and len(compiled) == (25 if dtype == "float32" else 10), run.stdout
 
 
 def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], capability: int) -> str:
@@ -210,7 +210,14 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, A
 
 def compile_all(dtype: torch.dtype, capability: int) -> None:
     """Compile the kernels of every operator at a small size with 64 channels and 19 classes."""
-    from pmm_fast.kernels import masked_average_pool, memory_pass, memory_read, photometric, upsample_cross_entropy
+    from pmm_fast.kernels import (
+        masked_average_pool,
+        memory_pass,
+        memory_read,
+        merge_tiles,
+        photometric,
+        upsample_cross_entropy,
+    )
     from triton.runtime.jit import KernelInterface
 
     name = ""
@@ -242,7 +249,14 @@ def compile_all(dtype: torch.dtype, capability: int) -> None:
     if dtype == torch.float32:
         upsample_cross_entropy.backward(one, x, labels, one, 255, True)
     upsample_cross_entropy.double_backward(x, one, x, labels, one, 255, False)
+    name = "merge"
+    none, level, sure = torch.empty(0), torch.empty(16, 16, dtype=torch.uint8), torch.empty(16, 16)
+    merge_tiles.forward(x.expand(2, 2, -1, -1, -1), torch.zeros(2, 2, dtype=int), (16, 9), (16, 16), none, level, sure)
     if dtype == torch.float32:
+        # a size, a tile and a stride of one are compiled as constants
+        pixel = torch.zeros(2, 1, dtype=int)
+        merge_tiles.forward(x[None], pixel, (1, 1), (1, 1), none, level, none)
+        merge_tiles.forward(x[None, :, :1], pixel, (1, 9), (1, 9), torch.empty(1, 1, 9), none, none)
         name = "photometric"
         looks = torch.zeros(2, 9)
         # a size of one is compiled as a constant

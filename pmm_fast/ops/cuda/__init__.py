@@ -62,6 +62,11 @@ def _joined(tensor: Tensor) -> tuple[int, int, int] | None:
     return batch, channel, column if width > 1 else row
 
 
+def type_of(tensor: Tensor) -> int:
+    """The number of a tensor's type."""
+    return _TYPES[tensor.dtype]
+
+
 class Call:
     """One call of the kernels: names the arguments, keeps what was copied for them, and launches."""
 
