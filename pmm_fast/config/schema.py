@@ -85,14 +85,32 @@ class ModelConfig:
     """The network."""
 
     architecture: str = option(
-        "deeplabv3plus_resnet50", "HEAD_BACKBONE: deeplabv3plus|deeplabv2 _ resnet18|resnet50|resnet101|mobilenet_v2"
+        "deeplabv3plus_resnet50",
+        "HEAD_BACKBONE: deeplabv3plus|deeplabv2 _ resnet18|resnet50|resnet101|mobilenet_v2|mobilenet_v2_released|"
+        "shufflenet_v2|timm/NAME (extra: timm)",
     )
-    output_stride: Literal[8, 16] = option(16, "input pixels a feature position; deeplabv2 is always 8")
+    output_stride: Literal[8, 16, 32] = option(16, "input pixels a feature position; deeplabv2 is always 8")
     channels: int = option(256, "width of the feature map and of the memory")
     aux_dropout: float = option(0.1, "channel dropout in the auxiliary head")
+    instance_norm: Literal["none", "ibn", "isw"] = option(
+        "none",
+        "instance norms in the backbone's early stages: ibn: as IBN-Net; isw: as RobustNet, whose covariances are "
+        "whitened by a loss (section whitening, mode agg)",
+    )
     weights: str = option(
         "imagenet", "backbone initialisation: imagenet (must be found), none, or a file of torchvision's weights"
     )
+
+
+@dataclass
+class WhiteningConfig:
+    """Instance selective whitening (RobustNet), for model.instance_norm isw."""
+
+    weight: float = option(0.6, "weight of the whitening loss")
+    start: int = option(4458, "iteration before which the covariances are selected; the loss is 0 until then")
+    images: int = option(500, "images of each source domain in a trial, each plain and strongly jittered")
+    trials: int = option(10, "trials of each domain; a covariance counts if every one of them selects it")
+    clusters: int = option(3, "clusters of a trial's variances of covariances; all but the lowest are selected")
 
 
 @dataclass
@@ -137,16 +155,32 @@ class OptimConfig:
     accumulate: int = option(1, "micro-batches whose gradients are averaged into one update")
 
 
+Resample = Literal["bicubic", "bilinear"]
+MapillaryTest = Literal["native", "half", "centred", "released"]
+
+
 @dataclass
 class EvalConfig:
-    """How a trained network is tested."""
+    """How a trained network is tested; an option that is not given (null) is as the protocol has it."""
 
-    protocol: Literal["whole", "sliding"] = option("whole", "whole images, or tiles of eval.crop averaged")
-    scales: list[float] = option([1.0], "image scales whose scores are averaged")
-    flip: bool = option(False, "average with the mirrored image")
-    crop: int = option(768, "tile side of the sliding protocol, in pixels")
-    overlap: float = option(1 / 3, "share of a tile covered by the next")
-    height: int = option(0, "resize images to this height before testing (labels are not); 0: as they are")
+    protocol: str = option(
+        "whole",
+        "whole, sliding, pooling, released-train, released-sliding, released-pooling or released-folder; each fixes "
+        "all options below but the last two (docs/evaluate.md)",
+    )
+    scales: list[float] | None = option(None, "image scales whose scores are averaged")
+    flip: bool | None = option(None, "average with the mirrored image")
+    crop: int | None = option(None, "tile side of the sliding protocols, in pixels")
+    overlap: float | None = option(None, "share of a tile covered by the next")
+    height: int | None = option(None, "resize images to this height before testing (labels are not); 0: as they are")
+    resample: Resample | None = option(None, "filter that resizes images")
+    noise: bool | None = option(None, "Gumbel noise in the read of the memory, seeded by `seed` and the image")
+    mapillary: MapillaryTest | None = option(
+        None,
+        "images and labels of Mapillary: as they are; at half size; at height 1536 cut or padded to 1536 x 1536 around "
+        "the centre; the same with the released code's padding (road) and offset",
+    )
+    tile_batch: int = option(8, "tiles and mirrored images that go through the network at once")
     limit: int = option(0, "test on this many images a domain at most (evenly spaced); 0: all")
 
 
@@ -156,6 +190,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pmm_fast.config.load import ConfigError
+from pmm_fast.config.eval_protocols import EVAL_PROTOCOLS
+from pmm_fast.config.load import ConfigError, suggest
 from pmm_fast.config.protocol import META_MODES
 from pmm_fast.config.schema import Config, DataConfig, DomainConfig
 
@@ -52,17 +53,18 @@ RULES: list[Rule] = [
     *_each("memory.temperature memory.cohesion_temperature", _positive, "a positive number"),
     *_each(
         "data.batch_per_domain data.streets_images model.channels memory.init_iterations optim.iterations "
-        "optim.accumulate eval.crop checkpoint_every log_every",
+        "optim.accumulate whitening.images whitening.trials eval.crop eval.tile_batch checkpoint_every log_every",
         _positive,
         "at least 1",
     ),
     *_each(
         "data.workers memory.init_passes meta.inner_lr_ratio meta.inner_lr meta.aux_weight meta.cohesion_weight "
         "meta.divergence_weight meta.classifier_weight optim.lr optim.weight_decay optim.horizon eval.height "
-        "eval.limit seed",
+        "eval.limit whitening.weight whitening.start seed",
         _not_negative,
         "at least 0",
     ),
+    ("whitening.clusters", lambda clusters: clusters >= 2, "at least 2"),
     ("eval.scales", lambda scales: bool(scales) and min(scales) > 0, "one or more positive numbers"),
 ]
 """(full key, test, what is expected) of every rule about a single option."""
@@ -91,12 +93,19 @@ def validate(config: Config, training: bool = True) -> None:
         ConfigError: naming every option that is wrong, in one line.
     """
     problems = [
-        f"{key}: expected {expected}, got {get_option(config, key)!r}"
+        f"{key}: expected {expected}, got {value!r}"
         for key, test, expected in RULES
-        if not test(get_option(config, key))
+        # None: as something else has it
+        if (value := get_option(config, key)) is not None and not test(value)
     ]
+    if config.eval.protocol not in EVAL_PROTOCOLS:
+        hint = suggest(config.eval.protocol, EVAL_PROTOCOLS)
+        known = ", ".join(EVAL_PROTOCOLS)
+        problems.append(f"eval.protocol: expected one of {known}, got {config.eval.protocol!r}{hint}")
     if config.data.strong_meta_test and config.meta.mode not in META_MODES:
         problems.append(f"data.strong_meta_test: mode {config.meta.mode} has no meta-test domains")
+    if config.model.instance_norm == "isw" and config.meta.mode != "agg":
+        problems.append(f"model.instance_norm: isw is trained with meta.mode agg, got meta.mode {config.meta.mode}")
     if config.data.leave_out:
         problems.append(
             f"data.leave_out: only training and verify by command carry it out; it is still {config.data.leave_out!r} "

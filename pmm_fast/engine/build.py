@@ -84,6 +84,7 @@ def create_model(config: Config) -> tuple[Segmentor, str]:
         memory=config.meta.mode in meta.MEMORY_MODES,
         aux_dropout=config.model.aux_dropout,
         temperature=config.memory.temperature,
+        instance_norm=config.model.instance_norm,
     )
     model.label_space = config.data.label_space
     return model, load_backbone(model, config.model.weights)
@@ -103,6 +104,7 @@ def create_hyper(config: Config, network: meta.Network, inner_lr: float, loss_sc
         cohesion_weight=config.meta.cohesion_weight,
         divergence_weight=config.meta.divergence_weight,
         classifier_weight=config.meta.classifier_weight,
+        whitening_weight=config.whitening.weight,
         loss_scale=loss_scale,
         autocast=amp_type(config),
     )

@@ -31,9 +31,11 @@ from pmm_fast.engine.optim import (
     inner_learning_rate,
     learning_rate,
 )
+from pmm_fast.engine.whitening import select_masks
 
 # streams of random numbers that depend on the seed and the iteration alone, so that resuming needs no state
 SPLIT_STREAM = 1
+# of images for the first memory, or for the selection of covariances: no run has both
 INIT_STREAM = 2
 # and those after it: rank r takes NOISE_STREAM + r
 NOISE_STREAM = 3
@@ -77,7 +79,8 @@ class Trainer:
         self.scale = LossScale(config.amp and config.amp_dtype == "fp16")
         self.iteration = 0
         method = f"{config.meta.mode}, {describe_order(config)}"
-        self._say(f"{method}; {config.model.architecture} on {self._where()}; {backbone}")
+        norms = "" if config.model.instance_norm == "none" else f" with instance norms ({config.model.instance_norm})"
+        self._say(f"{method}; {config.model.architecture}{norms} on {self._where()}; {backbone}")
         loader, reason = choose_loader(config.data.loader)
         self._say(f"loader: {loader} ({reason}); crops: {crop_backend()}")
         for domain in {domain.name: domain for domain in self.sources}.values():
@@ -116,7 +119,11 @@ class Trainer:
         left = self.config.optim.iterations - self.iteration
         engine = meta.choose_engine(self.config.compile, self.device, left)
         if engine:
-            self.step = meta.CompiledStep(engine, self.config.strict, self._say)
+            self._compile(engine)
+
+    def _compile(self, engine: str) -> None:
+        """Begin anew with a step that is compiled, and checked, when it is first called."""
+        self.step = meta.CompiledStep(engine, self.config.strict, self._say)
 
     def _loop(self, log: RunLog | None) -> None:
         """The iterations; what is logged is the same on all ranks, and one of them writes it."""
@@ -126,7 +133,10 @@ class Trainer:
             contextlib.closing(self._feed()) as feed,
             self._progress(total, f"train {config.meta.mode}", initial=self.iteration) as progress,
         ):
+            selection = self._selection_iteration()
             while self.iteration < total:
+                if self.iteration == selection:
+                    self._select_covariances()
                 start = time.perf_counter()
                 losses, norm = self._iterate(feed)
                 self.iteration += 1
@@ -238,6 +248,33 @@ class Trainer:
             met = f"{unseen} of {len(mass)} classes were not met while the memory was initialised"
             self._say(f"{met}; their slots are 0")
 
+    def _selection_iteration(self) -> int | None:
+        """The iteration before which the covariances to be whitened are selected; None where they are, or none are."""
+        whitening = self.model.whitening
+        # a run that is resumed has the masks that it had
+        if whitening is None or any(mask.any() for mask in whitening.buffers()):
+            return None
+        start, total = max(self.config.whitening.start, self.iteration), self.config.optim.iterations
+        if start < total:
+            self._say(f"whitening: its loss is on after iteration {start}, when the covariances are selected")
+        else:
+            self._say(f"whitening.start: {start} is not before the last of {total} iterations: the loss stays 0")
+        return start
+
+    def _select_covariances(self) -> None:
+        """Set the masks of the whitening loss, once in a run."""
+        assert self.model.whitening is not None
+        state = (self.network, self.params, self.buffers)
+        found = select_masks(*state, self.sources, self.config, INIT_STREAM, self.device, self.ranks, self._progress)
+        counts = []
+        for mask, chosen in zip(self.model.whitening.buffers(), found, strict=True):
+            mask.copy_(chosen)
+            counts.append(f"{int(chosen.sum())} of {len(mask) * (len(mask) - 1) // 2}")
+        self._say(f"whitening: selected {', '.join(counts)} covariances of the maps")
+        # a compiled step was checked with a loss of 0
+        if isinstance(self.step, meta.CompiledStep):
+            self._compile(self.step.engine)
+
     def _check_folder(self) -> None:
         exists = (self.folder / checkpoint.FILE_NAME).exists()
         if self.config.resume and not exists:
@@ -268,11 +305,11 @@ class Trainer:
         stored, training = content["model"], content.get("training")
         if training is None:
             raise checkpoint.CheckpointError(f"{path}: holds a model but no training state to resume")
-        for key, wanted in (("label_space", self.model.label_space), ("settings", self.model.settings)):
-            if stored[key] != wanted:
-                raise checkpoint.CheckpointError(
-                    f"{path}: cannot resume: its {key} is {stored[key]}, this run's is {wanted}"
-                )
+        # a checkpoint may be older than a setting; if that changes the network, its weights will not fit
+        settings = self.model.settings | stored["settings"]
+        for key, found in (("label_space", stored["label_space"]), ("settings", settings)):
+            if found != (wanted := getattr(self.model, key)):
+                raise checkpoint.CheckpointError(f"{path}: cannot resume: its {key} is {found}, this run's is {wanted}")
         checkpoint.load_state(self.model, stored["state"], path)
         self.optimizer.load_state_dict(training["optimizer"])
         # its groups came with the checkpoint's options; this run's count

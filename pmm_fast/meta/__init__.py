@@ -1,6 +1,7 @@
 """The meta step: Algorithm 1 as pure functions of parameters, buffers and memory."""
 
 from pmm_fast.meta.compile import CompiledStep, CompileMismatchError, choose_engine
+from pmm_fast.meta.losses import classifier_loss, cohesion_loss, divergence_loss
 from pmm_fast.meta.network import Network, State, split_state
 from pmm_fast.meta.schedule import draw_noise, draw_split, initialise_memory
 from pmm_fast.meta.step import (
@@ -15,6 +16,7 @@ from pmm_fast.meta.step import (
     step,
 )
 from pmm_fast.meta.trace import CompileError
+from pmm_fast.meta.whitening import cluster_numbers, covariance, pair_variance, select_covariances, whitening_loss
 
 __all__ = [
     "MEMORY_MODES",
@@ -29,11 +31,19 @@ __all__ = [
     "State",
     "StepResult",
     "choose_engine",
+    "classifier_loss",
+    "cluster_numbers",
+    "cohesion_loss",
+    "covariance",
+    "divergence_loss",
     "draw_noise",
     "draw_split",
     "initialise_memory",
+    "pair_variance",
     "read_losses",
     "rewrite_memory",
+    "select_covariances",
     "split_state",
     "step",
+    "whitening_loss",
 ]

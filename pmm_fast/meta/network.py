@@ -13,6 +13,7 @@ from pmm_fast.models.recompute import recompute_blocks
 
 State = dict[str, Tensor]
 MEMORY_BUFFER = "memory.slots"
+MASK_PREFIX = "whitening."
 
 
 class Network:
@@ -25,6 +26,11 @@ class Network:
         model: whose structure is taken; it is neither changed nor kept.
         group: name of the process group whose ranks work on one batch together; None: this process has all of it.
         checkpoint_activations: keep the input of each block alone and compute the rest again for its derivatives.
+
+    Attributes:
+        has_memory: whether the model has a memory.
+        masks: names of the buffers that say which covariances are whitened, in the order of the maps; empty where the
+            encoder hands out none.
     """
 
     def __init__(self, model: nn.Module, group: str | None = None, checkpoint_activations: bool = False) -> None:
@@ -37,6 +43,7 @@ class Network:
         if checkpoint_activations:
             recompute_blocks(self._modules[True])
         self.has_memory = getattr(model, "memory", None) is not None
+        self.masks = tuple(name for name, _ in model.named_buffers() if name.startswith(MASK_PREFIX))
 
     def __call__(self, name: str, params: State, buffers: State, *inputs: Any, training: bool = True) -> Any:
         """Run the sub-module ``name`` on ``inputs``.

@@ -28,6 +28,7 @@ from torch import Tensor
 from pmm_fast import ops
 from pmm_fast.meta import losses as L
 from pmm_fast.meta.network import Network, State
+from pmm_fast.meta.whitening import whitening_loss
 from pmm_fast.ops.collective import count_ranks, sum_over_ranks
 
 Mode = Literal["pinmem", "memory-agg", "mldg", "agg"]
@@ -69,7 +70,7 @@ class Hyper:
         memory_momentum: weight of the old memory in an update.
         temperature: of the read.
         cohesion_temperature: of the cosines in the cohesion loss.
-        aux_weight, cohesion_weight, divergence_weight, classifier_weight: of the losses.
+        aux_weight, cohesion_weight, divergence_weight, classifier_weight, whitening_weight: of the losses.
         loss_scale: factor on both losses while they are differentiated, taken out again of both gradients (fp16);
             a scalar tensor where it is an input of a compiled step.
         autocast: type of mixed precision, or None.
@@ -86,6 +87,7 @@ class Hyper:
     cohesion_weight: float = 0.02
     divergence_weight: float = 0.4
     classifier_weight: float = 0.2
+    whitening_weight: float = 0.6
     loss_scale: float | Tensor = 1.0
     autocast: torch.dtype | None = None
 
@@ -97,6 +99,8 @@ class Hyper:
         if (self.mode in MEMORY_MODES) != self.network.has_memory:
             state = "has" if self.network.has_memory else "has no"
             raise ValueError(f"mode {self.mode!r} does not fit a network that {state} memory")
+        if self.network.masks and self.mode != "agg":
+            raise ValueError(f"mode {self.mode!r} has no whitening loss: a network that needs it is trained with agg")
 
 
 class StepResult(NamedTuple):
@@ -116,7 +120,7 @@ class StepResult(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    losses: dict[str, Tensor]  # seg, aux, cohesion: this rank's share of each
+    losses: dict[str, Tensor]  # seg, aux, cohesion, whitening: this rank's share of each
     written: tuple[Tensor, Tensor] | None  # this rank's class sums, masses
     top_weight: Tensor | None
 
@@ -134,7 +138,7 @@ def step(
 
     Args:
         params: every parameter of the model by name.
-        buffers: every buffer but the memory by name (batch-norm statistics).
+        buffers: every buffer but the memory by name (batch-norm statistics, whitening masks).
         memory: ``[K, C]`` M, or None in the modes without memory.
         batch_mtr: meta-train images; in ``agg`` and ``memory-agg`` all images.
         batch_mte: meta-test images; None in ``agg`` and ``memory-agg``.
@@ -202,7 +206,7 @@ def rewrite_memory(params: State, buffers: State, memory: Tensor, batches: list[
 
 
 def read_losses(params: State, buffers: State, memory: Tensor | None, batch: Batch, hyper: Hyper) -> dict[str, Tensor]:
-    """The read losses (seg, aux, cohesion) of a training forward without noise or gradient, for diagnosis."""
+    """The losses (seg, aux, cohesion, whitening) of a training forward without noise or gradient, for diagnosis."""
     with torch.no_grad():
         scratch = {name: value.clone() for name, value in buffers.items()}
         return _global(_forward(params, scratch, memory, batch, Noise(), hyper, write=False).losses, hyper)
@@ -237,7 +241,7 @@ def _forward(
     net, labels = hyper.network, batch.labels
     written = top_weight = None
     with autocast(hyper, batch.images.device):
-        feature, low_level, aux = net("encoder", params, buffers, batch.images)
+        feature, low_level, aux, *whitened = net("encoder", params, buffers, batch.images)
         decoded = feature
         if memory is not None:
             if write:
@@ -254,9 +258,12 @@ def _forward(
     found = {"seg": ops.upsample_cross_entropy(logits, labels), "aux": L.auxiliary_loss(aux_logits, labels)}
     if memory is not None:
         found["cohesion"] = L.cohesion_loss(scores, labels, hyper.cohesion_temperature)
+    if net.masks:
+        found["whitening"] = whitening_loss(whitened[0], [buffers[name] for name in net.masks])
     if net.group is not None:
         shares = L.shares_of_rank(labels, (aux_logits.shape[2], aux_logits.shape[3]), net.group)
         weights = {"seg": shares.labelled, "aux": shares.auxiliary, "cohesion": shares.labelled}
+        weights["whitening"] = shares.images
         found = {name: value * weights[name].to(value.dtype) for name, value in found.items()}
         top_weight = None if top_weight is None else top_weight * shares.images.to(top_weight.dtype)
     return _Forward(found, written, top_weight)
@@ -329,6 +336,7 @@ def _weighted(losses: dict[str, Tensor], hyper: Hyper) -> Tensor:
         "cohesion": hyper.cohesion_weight,
         "divergence": hyper.divergence_weight,
         "classifier": hyper.classifier_weight,
+        "whitening": hyper.whitening_weight,
     }
     return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 

@@ -30,12 +30,32 @@ class Features(NamedTuple):
     aux: Tensor
 
 
+class WhitenedFeatures(NamedTuple):
+    """:class:`Features` of an encoder whose backbone hands out maps to be whitened (``Stages.whitened``)."""
+
+    feature: Tensor
+    low_level: Tensor
+    aux: Tensor
+    whitened: tuple[Tensor, ...]
+
+
 class Stages(NamedTuple):
-    """What a backbone returns: ``low_level`` at a quarter of the image, ``aux`` and ``last`` at the output stride."""
+    """What a backbone returns: ``low_level`` at a quarter of the image, ``aux`` and ``last`` at the output stride.
+
+    ``whitened``: the instance-normalised maps of a backbone whose covariances are trained (``isw``), else none.
+    """
 
     low_level: Tensor
     aux: Tensor
     last: Tensor
+    whitened: tuple[Tensor, ...] = ()
+
+
+def gather_features(feature: Tensor, low_level: Tensor, stages: Stages) -> Features | WhitenedFeatures:
+    """What an encoder returns, from its own map, the finest one for its decoder and what its backbone returned."""
+    if stages.whitened:
+        return WhitenedFeatures(feature, low_level, stages.aux, stages.whitened)
+    return Features(feature, low_level, stages.aux)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pmm_fast.models.blocks import Features, conv_bn_relu, initialize_head
+from pmm_fast.models.backbones import Backbone
+from pmm_fast.models.blocks import Features, WhitenedFeatures, conv_bn_relu, gather_features, initialize_head
 from pmm_fast.models.conv import Conv2d
-from pmm_fast.models.mobilenetv2 import MobileNetV2
-from pmm_fast.models.resnet import ResNet
 
 _RATES = (6, 12, 18, 24)
 
@@ -25,19 +24,19 @@ class DeepLabV2Encoder(nn.Module):
         channels: C.
     """
 
-    def __init__(self, backbone: ResNet | MobileNetV2, channels: int) -> None:
+    def __init__(self, backbone: Backbone, channels: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.branches = nn.ModuleList(conv_bn_relu(backbone.channels, channels, 3, rate) for rate in _RATES)
         initialize_head(self.branches)
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor) -> Features | WhitenedFeatures:
         """``[N, 3, H, W]`` to the feature ``[N, C, h, w]``, the same again (no low level) and the auxiliary map."""
         stages = self.backbone(images)
         feature = self.branches[0](stages.last)
         for branch in self.branches[1:]:
             feature = feature + branch(stages.last)
-        return Features(feature, feature, stages.aux)
+        return gather_features(feature, feature, stages)
 
 
 class DeepLabV2Decoder(nn.Module):

@@ -3,7 +3,7 @@
 Released code: ``network/deepv3plus.py``; Chen et al., ECCV 2018.
 
 Shapes: N images, C feature channels, c low-level channels, K classes, h x w feature positions, h4 x w4 low-level
-positions.
+positions (a quarter of the image's; an eighth with the released MobileNetV2 and with ShuffleNetV2).
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pmm_fast.models.blocks import Features, conv_bn_relu, initialize_head, upsample
+from pmm_fast.models.backbones import Backbone
+from pmm_fast.models.blocks import (
+    Features,
+    WhitenedFeatures,
+    conv_bn_relu,
+    gather_features,
+    initialize_head,
+    upsample,
+)
 from pmm_fast.models.conv import Conv2d
-from pmm_fast.models.mobilenetv2 import MobileNetV2
-from pmm_fast.models.resnet import ResNet
 
 _RATES = (6, 12, 18)
 _LOW_LEVEL_CHANNELS = 48
@@ -26,7 +32,7 @@ class ASPP(nn.Module):
     Args:
         in_channels: width of the backbone's last map.
         channels: C, width of each of the five branches.
-        output_stride: 16 for dilations 6, 12, 18; 8 doubles them.
+        output_stride: 16 for dilations 6, 12, 18; 8 doubles and 32 halves them.
     """
 
     def __init__(self, in_channels: int, channels: int, output_stride: int) -> None:
@@ -64,7 +70,7 @@ class DeepLabV3PlusEncoder(nn.Module):
         output_stride: of the backbone.
     """
 
-    def __init__(self, backbone: ResNet | MobileNetV2, channels: int, output_stride: int) -> None:
+    def __init__(self, backbone: Backbone, channels: int, output_stride: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.aspp = ASPP(backbone.channels, channels, output_stride)
@@ -72,10 +78,10 @@ class DeepLabV3PlusEncoder(nn.Module):
         initialize_head(self.aspp)
         initialize_head(self.project)
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor) -> Features | WhitenedFeatures:
         """``[N, 3, H, W]`` to the feature ``[N, C, h, w]``, the low-level map and the auxiliary map."""
         stages = self.backbone(images)
-        return Features(self.project(self.aspp(stages.last)), stages.low_level, stages.aux)
+        return gather_features(self.project(self.aspp(stages.last)), stages.low_level, stages)
 
 
 class DeepLabV3PlusDecoder(nn.Module):

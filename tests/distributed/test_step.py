@@ -14,6 +14,7 @@ from pmm_fast import meta, ops
 from pmm_fast.models import build_model
 from pmm_fast.models.batchnorm import BatchNorm2d
 from tests.distributed.ranks import run_ranks
+from tests.meta.test_whitening import whitened_model
 from tests.meta.tiny import CHANNELS, TinySegmentor, tiny_batch, tiny_noise
 from tests.tolerances import EXACT, RANKS_BF16, relative_error
 
@@ -24,6 +25,7 @@ CASES = [
     *(("mldg", order, 1.0) for order in (1, 2)),
     ("memory-agg", 2, 1.0),
     ("agg", 2, 1.0),
+    ("whitened agg", 2, 1.0),
 ]
 
 
@@ -36,7 +38,7 @@ def whole_batch(seed: int, ignored: bool) -> meta.Batch:
 
 
 def network(mode: str) -> torch.nn.Module:
-    model = TinySegmentor(memory=mode in meta.MEMORY_MODES)
+    model = whitened_model() if mode == "whitened agg" else TinySegmentor(memory=mode in meta.MEMORY_MODES)
     model.encoder.bn = BatchNorm2d(CHANNELS).double()
     return model
 
@@ -47,6 +49,7 @@ def compute(mode: str, order: int, scale: float, group: str | None, images: slic
     params, buffers, memory = meta.split_state(model)
     mtr, mte = (meta.Batch(*(x[images] for x in whole_batch(seed, ignored))) for seed in (1, 2))
     noise = meta.Noise(tiny_noise(3, 4)[images], tiny_noise(4, 4)[images])
+    mode = mode.removeprefix("whitened ")
     hyper = meta.Hyper(
         meta.Network(model, group), mode, order=order, inner_lr=0.5, cohesion_weight=0.3, loss_scale=scale
     )
@@ -81,6 +84,7 @@ def assert_equal(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[s
 
 
 def is_equal(found: Tensor, expected: Tensor) -> bool:
+    found, expected = found.double(), expected.double()
     # what is zero but for rounding has no relative error
     negligible = max(expected.abs().max(), found.abs().max()) < 1e-12
     return bool(negligible or relative_error(found, expected) < EXACT)
