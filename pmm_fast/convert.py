@@ -1,161 +1,185 @@
-"""Networks of the released code to and from ours, by parameter name.
+"""``python -m pmm_fast.convert``: checkpoints of the released code to ours and back, and one format of ours to another.
 
-A released checkpoint is ``{"state_dict": ..., "memory": ..., ...}``; every key of its ``state_dict`` starts with
-``module.`` and the memory, ``[K, C]``, stands beside it.
+python -m pmm_fast.convert last_None_epoch_40_mean-iu_0.00000.pth model.safetensors
+python -m pmm_fast.convert model.safetensors released.pth
+python -m pmm_fast.convert runs/gs_r50/pinmem model.safetensors
+
+``convert.from_released`` and ``convert.to_released`` are those of :mod:`pmm_fast.models.released`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+from pmm_fast.config import CHECKPOINT_FILE, ConfigError, Parser, run_main
 
-from pmm_fast.models.segmentor import HEADS, Segmentor, build_model, split_architecture
-from pmm_fast.models.weights import describe_mismatch
+if TYPE_CHECKING:
+    from pmm_fast.models import Segmentor
+    from pmm_fast.models.released import from_released, to_released
 
-_PREFIX = "module."
-_SLOTS = "memory.slots"
+__all__ = ["from_released", "main", "to_released"]
 
-# every dataset of the released code is mapped to Cityscapes' train ids
-_RELEASED_CLASSES = 19
-_RELEASED_LABEL_SPACE = "cityscapes19"
-
-# class weights of the loss, saved by the released code's --cls_wt_loss: not part of the network
-_LOSS_WEIGHTS = ("criterion.weight", "criterion_aux.weight")
-
-_BACKBONE = (
-    ("layer0.0.", "encoder.backbone.conv1."),
-    ("layer0.1.", "encoder.backbone.bn1."),
-    ("layer1.", "encoder.backbone.layer1."),
-    ("layer2.", "encoder.backbone.layer2."),
-    ("layer3.", "encoder.backbone.layer3."),
-    ("layer4.", "encoder.backbone.layer4."),
+PROG = "python -m pmm_fast.convert"
+DESCRIPTION = (
+    "Convert a checkpoint of the released code (its .pth) to ours and back, or one of ours to the other format.  What "
+    "IN is, is seen by its content; the name of OUT says what it becomes: .safetensors or .pt ours, .pth the released "
+    "code's."
 )
-_DECODER = (("final1.", "decoder.fuse."), ("final2.0.", "decoder.classify."), ("dsn.", "aux_head."))
-_MEMORY = (
-    ("memory.output.0.", "memory.fusion.conv."),
-    ("memory.output.1.", "memory.fusion.bn."),
-    ("memory.writenet.writefeat.0.", "memory.writer.conv."),
-    ("memory.writenet.writefeat.1.", "memory.writer.bn."),
-    ("memory.clsfier.", "memory.classifier."),
-)
-
-# (released prefix, our prefix), in the order of a released state_dict
-_PREFIXES = {
-    "deeplabv3plus": (
-        *_BACKBONE,
-        ("aspp.features.", "encoder.aspp.branches."),
-        ("aspp.img_conv.", "encoder.aspp.image_pool."),
-        ("bot_fine.", "decoder.low_level."),
-        ("bot_aspp.", "encoder.project."),
-        *_DECODER,
-        *_MEMORY,
-    ),
-    "deeplabv2": (*_BACKBONE, ("aspp.conv2d_list.", "encoder.branches."), *_DECODER, *_MEMORY),
-}
+OURS, RELEASED = (".safetensors", ".pt"), ".pth"
 
 
-def from_released(
-    state_dict: Mapping[str, Tensor],
-    memory: Tensor | None = None,
-    architecture: str = "deeplabv3plus_resnet50",
-    *,
-    output_stride: int = 16,
-) -> Segmentor:
-    """A network with the weights of a released checkpoint; classes and channels are read off the shapes.
+class Conversion(NamedTuple):
+    """What is to be written, and what there is to say about it.
 
-    Args:
-        state_dict: released names, with or without ``module.``; tensors are copied.
-        memory: ``[K, C]`` the checkpoint's ``memory``; None for a network without one.
-        architecture: ``HEAD_BACKBONE``, with a ResNet backbone.
-        output_stride: 8 for the released ``_OS8`` variants, whose parameters are the same.
+    Attributes:
+        kind: what was read, in words.
+        model: its network.
+        content: of the new file.
+        left_out: what of the old one is not in it.
+    """
 
-    Returns:
-        The network, on the CPU, in evaluation mode; its label space is ``cityscapes19`` where it has 19 classes.
+    kind: str
+    model: Segmentor
+    content: dict[str, Any]
+    left_out: list[str]
+
+
+def __getattr__(name: str) -> Any:
+    # torch only when they are asked for
+    if name in ("from_released", "to_released"):
+        from pmm_fast.models import released
+
+        return getattr(released, name)
+    raise AttributeError(f"module 'pmm_fast.convert' has no attribute {name!r}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, convert, and tell what was read, what was left out and what was written.
 
     Raises:
-        ValueError: a parameter that is missing, unexpected or of another shape (all are listed), a memory net without
-            its memory or the reverse, or an architecture that has no released names.
-
-    Note:
-        The class weights of a loss (``criterion.weight``, ``criterion_aux.weight``) are left out.
+        ValueError: a wrong option, or a file that cannot be read, converted or written (``ConfigError``,
+            ``CheckpointError``).
     """
-    prefixes = _prefixes(architecture)
-    released = _strip(state_dict)
-    has_memory = any(key.startswith("memory.") for key in released)
-    if has_memory and memory is None:
-        raise ValueError("from_released: state_dict has a memory net, but memory is None: pass checkpoint['memory']")
-    if memory is not None and not has_memory:
-        raise ValueError("from_released: memory was given, but state_dict has no memory net (no memory.* key)")
-    classifier = released.get("final2.0.weight")
-    if classifier is None or classifier.dim() != 4:
-        raise ValueError("from_released: no final2.0.weight of shape [K, C, 1, 1]: not a released DeepLab")
-    # no storage and no random numbers for weights that are replaced at once
-    with torch.device("meta"):
-        model = build_model(
-            architecture,
-            classifier.shape[0],
-            channels=classifier.shape[1],
-            output_stride=output_stride,
-            memory=has_memory,
-        )
-    wanted = dict(_pairs(model, prefixes))
-    given = dict(released) if memory is None else {**released, "memory": memory}
-    if mismatch := describe_mismatch(given, {name: tensor for name, (_, tensor) in wanted.items()}):
-        raise ValueError(f"from_released: the checkpoint is no {architecture}:\n{mismatch}")
-    ours = {key: given[name].detach().to("cpu", tensor.dtype, copy=True) for name, (key, tensor) in wanted.items()}
-    model.load_state_dict(ours, assign=True)
-    if model.num_classes == _RELEASED_CLASSES:
-        model.label_space = _RELEASED_LABEL_SPACE
-    return model.eval()
+    parser = Parser(PROG, DESCRIPTION, sections=())
+    parser.add_argument("source", metavar="IN", help="a checkpoint of the released code or of ours, or a run's folder")
+    parser.add_argument("target", metavar="OUT", help="file to write: NAME.safetensors, NAME.pt or NAME.pth")
+    parser.own.add_argument(
+        "--architecture", metavar="NAME", help="of a released one; default: recognised by its names"
+    )
+    parser.own.add_argument(
+        "--output-stride",
+        type=int,
+        choices=(8, 16, 32),
+        metavar="N",
+        help="of a released one, 8, 16 or 32; default: that of the released function of the architecture",
+    )
+    parser.own.add_argument(
+        "--instance-norm",
+        choices=("none", "ibn", "isw"),
+        help="of a released one; default: recognised by its names, which do not tell a MobileNetV2 with isw from one "
+        "with none",
+    )
+    parser.own.add_argument("--force", action="store_true", help="overwrite OUT")
+    own, _ = parser.parse_options(argv)
+    source, target = Path(own.source).expanduser(), Path(own.target).expanduser()
+    check_target(source, target, own.force)
+    converted = convert(source, target, own)
+    print("\n".join([f"{source}: {converted.kind}", *describe(converted.model)]))
+    if converted.left_out:
+        print(f"left out: {', '.join(converted.left_out)}")
+    from pmm_fast.engine import checkpoint
+
+    checkpoint.write(target, converted.content)
+    print(f"written to {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
 
-def to_released(model: Segmentor, *, module_prefix: bool = False) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The inverse of :func:`from_released`: released names, in the released order, bit for bit.
-
-    Args:
-        model: with a ResNet backbone.
-        module_prefix: put ``module.`` before every name, as released files have it.
-
-    Returns:
-        ``state_dict`` and ``memory`` (``[K, C]``, or None); copies, on the devices of ``model``.
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """Whether ``target`` may be written, before anything is read.
 
     Raises:
-        ValueError: an architecture that has no released names.
+        ConfigError: its name says no format, it exists, or it is what is read.
     """
-    prefix = _PREFIX if module_prefix else ""
-    pairs = _pairs(model, _prefixes(model.architecture))
-    tensors = {name: tensor.detach().clone() for name, (_, tensor) in pairs}
-    memory = tensors.pop("memory", None)
-    return {prefix + name: tensor for name, tensor in tensors.items()}, memory
+    if target.suffix not in (*OURS, RELEASED):
+        raise ConfigError(f"{target}: expected a name that ends in .safetensors, .pt or .pth")
+    read = source / CHECKPOINT_FILE if source.is_dir() else source
+    if target.resolve() == read.resolve():
+        raise ConfigError(f"{target}: is what is to be converted; give the result another name")
+    if target.exists() and not force:
+        raise ConfigError(f"{target}: exists already; --force overwrites it")
 
 
-def _prefixes(architecture: str) -> tuple[tuple[str, str], ...]:
-    """The name table of an architecture's head."""
-    head, backbone = split_architecture(architecture)
-    if not backbone.startswith("resnet"):
-        known = ", ".join(f"{name}_resnet50" for name in HEADS)
-        raise ValueError(f"{architecture} has no counterpart among released checkpoints; ResNets have, such as {known}")
-    return _PREFIXES[head]
+def convert(source: Path, target: Path, options: argparse.Namespace) -> Conversion:
+    """Read ``source`` and turn it into what ``target`` is to hold.
+
+    Args:
+        source: file or run folder.
+        target: its suffix says into what.
+        options: ``architecture``, ``output_stride`` and ``instance_norm`` of a released checkpoint, or None.
+
+    Raises:
+        CheckpointError: ``source`` is no checkpoint, or one that does not fit.
+        ConfigError: an option or a suffix that does not fit what ``source`` is.
+    """
+    from pmm_fast.engine import checkpoint
+    from pmm_fast.models.released import is_released
+
+    content = checkpoint.unpack(source)
+    try:
+        if is_released(content):
+            return _from_released(content, source, target, options)
+        return _from_ours(checkpoint.checked(content, source), source, target, options)
+    except (ConfigError, checkpoint.CheckpointError):
+        raise
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{source}: {str(error).removeprefix('from_released: ')}") from error
 
 
-def _strip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without ``module.``, loss weights left out."""
-    if "state_dict" in state_dict:
-        raise ValueError(
-            "from_released: this is a whole checkpoint; pass checkpoint['state_dict'] and checkpoint.get('memory')"
+def _from_released(content: Any, source: Path, target: Path, options: argparse.Namespace) -> Conversion:
+    from pmm_fast.engine import checkpoint
+    from pmm_fast.models.released import from_released_checkpoint
+
+    if target.suffix == RELEASED:
+        raise ConfigError(f"{target}: {source} is of the released code already; name OUT .safetensors or .pt")
+    model, left_out = from_released_checkpoint(
+        content, options.architecture, output_stride=options.output_stride, instance_norm=options.instance_norm
+    )
+    return Conversion("a checkpoint of the released code", model, checkpoint.content_of(model), left_out)
+
+
+def _from_ours(content: dict[str, Any], source: Path, target: Path, options: argparse.Namespace) -> Conversion:
+    from pmm_fast.engine import checkpoint
+    from pmm_fast.models.released import not_in_released, to_released_checkpoint
+
+    if options.architecture or options.output_stride or options.instance_norm:
+        raise ConfigError(
+            f"--architecture, --output-stride and --instance-norm are for released checkpoints; {source} says its own"
         )
-    names = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
-    return {key: value for key, value in names.items() if key not in _LOSS_WEIGHTS}
+    model = checkpoint.rebuild(content, source)
+    left_out = ["the state of the training"] if "training" in content else []
+    if target.suffix in OURS:
+        new = {key: value for key, value in content.items() if key != "training"}
+        return Conversion("a checkpoint of pmm_fast", model, new, left_out)
+    if content["config"] is not None:
+        left_out.append("the configuration")
+    new = to_released_checkpoint(model)
+    return Conversion("a checkpoint of pmm_fast", model, new, left_out + not_in_released(model))
 
 
-def _pairs(model: Segmentor, prefixes: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, tuple[str, Tensor]]]:
-    """``released name, (our name, tensor)`` of every tensor of a network, the memory last under ``memory``."""
-    tensors = model.state_dict()
-    for theirs, ours in prefixes:
-        for key, tensor in tensors.items():
-            if key.startswith(ours):
-                yield theirs + key.removeprefix(ours), (key, tensor)
-    if _SLOTS in tensors:
-        yield "memory", (_SLOTS, tensors[_SLOTS])
+def describe(model: Segmentor) -> list[str]:
+    """Lines about a network: architecture, classes, size, memory."""
+    settings = model.settings
+    memory = "none" if model.memory is None else "{} x {}".format(*model.memory.slots.shape)
+    norm = settings["instance_norm"]
+    return [
+        f"architecture: {model.architecture}, output stride {settings['output_stride']}"
+        + ("" if norm == "none" else f", instance norm {norm}"),
+        f"classes: {model.num_classes}" + (f" ({model.label_space})" if model.label_space else ""),
+        f"parameters: {sum(parameter.numel() for parameter in model.parameters()):,}",
+        f"memory: {memory}",
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -7,6 +7,7 @@ Shapes: N images, C channels, K classes (slots), h x w feature positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -96,8 +97,8 @@ class SemanticMemory(nn.Module):
         ValueError: a size that is not positive.
 
     Note:
-        ``forward`` never changes ``slots``: writing is ``ops.masked_average_pool`` and ``ops.update_memory``, and
-        whoever trains stores the result.
+        No method changes ``slots``: :meth:`initial_slots` and :meth:`write` return what they should become, and whoever
+        trains stores it, ``memory.slots.copy_(...)``, once the backward pass that read the old ones is over.
     """
 
     slots: Tensor
@@ -133,6 +134,47 @@ class SemanticMemory(nn.Module):
         """
         read, scores = ops.memory_read(feature, self.slots, noise, self.temperature)
         return MemoryOutput(self.fusion(feature, read), scores, ops.assignment(scores, noise, self.temperature))
+
+    def write(self, feature: Tensor, labels: Tensor, momentum: float = 0.8, ignore_index: int = 255) -> Tensor:
+        """The memory after these images: each slot moved towards the mean written feature of its class.
+
+        ``normalize(momentum M_k + (1 - momentum) mean_k)`` with ``mean_k`` over the pixels of class k of the normalised
+        writing net's output U(F); a class that is absent keeps its slot (released code ``network/memory.py:204-257``).
+
+        Args:
+            feature: ``[N, C, h, w]`` floating point.
+            labels: ``[N, H, W]``, any integer dtype, classes ``0..K-1`` or ``ignore_index``.
+            momentum: weight of the old memory, in [0, 1].
+            ignore_index: label of pixels that belong to no class.
+
+        Returns:
+            ``[K, C]``, rows of unit norm; differentiable twice in ``feature`` and the writing net.
+
+        Raises:
+            ValueError: shapes that do not fit, or a momentum outside [0, 1].
+        """
+        sums, mass = ops.masked_average_pool(self.writer(feature), labels, self.slots.shape[0], ignore_index)
+        return ops.update_memory(self.slots, sums, mass, momentum)
+
+    def initial_slots(self, samples: Iterable[tuple[Tensor, Tensor]], ignore_index: int = 255) -> Tensor:
+        """The memory to start from: the mean normalised feature of every class, the writing net left out.
+
+        Args:
+            samples: pairs of ``feature [N, C, h, w]`` and ``labels [N, H, W]``, as many as it takes to see each class.
+            ignore_index: label of pixels that belong to no class.
+
+        Returns:
+            ``[K, C]``, rows of unit norm, a zero row for a class that was never seen; without gradient.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        sums, mass = torch.zeros_like(self.slots), torch.zeros_like(self.slots[:, 0])
+        with torch.no_grad():
+            for feature, labels in samples:
+                found = ops.masked_average_pool(feature, labels, self.slots.shape[0], ignore_index)
+                sums, mass = sums + found[0], mass + found[1]
+            return ops.update_memory(torch.zeros_like(self.slots), sums, mass, momentum=0.0)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.slots.shape[0]}, channels={self.slots.shape[1]}, temperature={self.temperature}"

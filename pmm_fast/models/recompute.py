@@ -23,8 +23,9 @@ from torch.func import functional_call
 from pmm_fast.models.conv import autocast_type
 from pmm_fast.models.mobilenetv2 import InvertedResidual
 from pmm_fast.models.resnet import BasicBlock, Bottleneck
+from pmm_fast.models.shufflenetv2 import ShuffleUnit
 
-_BLOCKS = (BasicBlock, Bottleneck, InvertedResidual)
+_BLOCKS = (BasicBlock, Bottleneck, InvertedResidual, ShuffleUnit)
 
 # a block as a function of its input and parameters; ``again`` tells the first time from the others
 _Function = Callable[[Sequence[Tensor], bool], Tensor]

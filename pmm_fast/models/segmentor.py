@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from pmm_fast.models.backbones import BACKBONES, build_backbone
 from pmm_fast.models.blocks import AuxHead, upsample
 from pmm_fast.models.deeplabv2 import DeepLabV2Decoder, DeepLabV2Encoder
 from pmm_fast.models.deeplabv3plus import DeepLabV3PlusDecoder, DeepLabV3PlusEncoder
+from pmm_fast.models.instance_norm import InstanceNormKind, WhiteningMasks
 from pmm_fast.models.memory import SemanticMemory
-from pmm_fast.models.mobilenetv2 import MobileNetV2
-from pmm_fast.models.resnet import ResNet
+from pmm_fast.models.timm_backbone import PREFIX
 
 HEADS = ("deeplabv3plus", "deeplabv2")
-BACKBONES = ("resnet18", "resnet50", "resnet101", "mobilenet_v2")
+OUTPUT_STRIDES = (8, 16, 32)
 ARCHITECTURES = tuple(f"{head}_{backbone}" for head in HEADS for backbone in BACKBONES)
 
 
@@ -50,6 +51,7 @@ class Segmentor(nn.Module):
         aux_head: :class:`pmm_fast.models.blocks.AuxHead`, ``Features.aux`` to logits ``[N, K, h, w]``.
         memory: or None for the plain baseline.
         settings: the arguments of :func:`build_model` that rebuild this network.
+        whitening: which covariances of the backbone's instance-normalised maps are trained away; None without them.
 
     Attributes:
         label_space: name of the classes that the network was trained for; None until somebody says so.
@@ -64,12 +66,14 @@ class Segmentor(nn.Module):
         aux_head: AuxHead,
         memory: SemanticMemory | None,
         settings: dict[str, Any],
+        whitening: WhiteningMasks | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.aux_head = aux_head
         self.memory = memory
+        self.whitening = whitening
         self._settings = dict(settings)
 
     @property
@@ -130,30 +134,32 @@ def build_model(
     memory: bool = True,
     aux_dropout: float = 0.1,
     temperature: float = 1.0,
+    instance_norm: InstanceNormKind = "none",
 ) -> Segmentor:
     """A network with random weights; :func:`pmm_fast.models.load_backbone` gives it a trained backbone.
 
     Args:
-        architecture: ``HEAD_BACKBONE``, one of ``ARCHITECTURES``.
+        architecture: ``HEAD_BACKBONE``, one of ``ARCHITECTURES``, or ``HEAD_timm/NAME`` with a network of timm.
         num_classes: K, classes and memory slots.
         channels: C, width of the feature map, the memory and both heads; 256 as published.
-        output_stride: 8 or 16; ``deeplabv2`` is 8 whatever is asked.
+        output_stride: 8, 16 or 32; ``deeplabv2`` is 8 whatever is asked.
         memory: whether the network has a memory.
         aux_dropout: probability that the auxiliary head drops a channel while training.
         temperature: of the softmax with which the memory is read.
+        instance_norm: ``none``, ``ibn`` (IBN-Net) or ``isw`` (RobustNet): :mod:`pmm_fast.models.instance_norm`.
 
     Returns:
         The network, in training mode, its memory slots zero.
 
     Raises:
         ValueError: an unknown architecture, a size that is not positive, another output stride, a dropout outside
-            [0, 1).
+            [0, 1), an unknown instance norm or one that the backbone has no place for.
     """
     head, backbone_name = split_architecture(architecture)
     _check_sizes(num_classes, channels, output_stride, aux_dropout)
     if head == "deeplabv2":
         output_stride = 8
-    backbone = _build_backbone(backbone_name, output_stride, stride_first=head == "deeplabv2")
+    backbone = build_backbone(backbone_name, output_stride, head == "deeplabv2", instance_norm)
     encoder: nn.Module
     decoder: nn.Module
     if head == "deeplabv2":
@@ -170,37 +176,35 @@ def build_model(
         "memory": memory,
         "aux_dropout": aux_dropout,
         "temperature": temperature,
+        "instance_norm": instance_norm,
     }
     aux_head = AuxHead(backbone.aux_channels, channels, num_classes, aux_dropout)
     slots = SemanticMemory(num_classes, channels, temperature) if memory else None
-    return Segmentor(encoder, decoder, aux_head, slots, settings)
+    whitening = WhiteningMasks(backbone.whitened_channels) if instance_norm == "isw" else None
+    return Segmentor(encoder, decoder, aux_head, slots, settings, whitening)
 
 
 def split_architecture(architecture: str) -> tuple[str, str]:
-    """``HEAD_BACKBONE`` to its two parts.
+    """``HEAD_BACKBONE`` to its two parts; whether timm has a ``timm/NAME`` is not looked at.
 
     Raises:
-        ValueError: a name that is not one of ``ARCHITECTURES``, with the nearest ones.
+        ValueError: a name that is neither one of ``ARCHITECTURES``, with the nearest ones, nor ``HEAD_timm/NAME``.
     """
-    if architecture not in ARCHITECTURES:
+    head, _, backbone = architecture.partition("_")
+    if architecture not in ARCHITECTURES and not (head in HEADS and backbone.startswith(PREFIX)):
         near = difflib.get_close_matches(architecture, ARCHITECTURES, n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"unknown architecture {architecture!r}.{hint} Known: {', '.join(ARCHITECTURES)}")
-    head, backbone = architecture.split("_", 1)
+        raise ValueError(
+            f"unknown architecture {architecture!r}.{hint} Known: {', '.join(ARCHITECTURES)}, HEAD_{PREFIX}NAME"
+        )
     return head, backbone
-
-
-def _build_backbone(name: str, output_stride: int, stride_first: bool) -> ResNet | MobileNetV2:
-    if name == "mobilenet_v2":
-        return MobileNetV2(output_stride)
-    return ResNet(int(name.removeprefix("resnet")), output_stride, stride_first)
 
 
 def _check_sizes(num_classes: int, channels: int, output_stride: int, aux_dropout: float) -> None:
     for name, value in (("num_classes", num_classes), ("channels", channels)):
         if value < 1:
             raise ValueError(f"build_model: {name} must be positive, got {value}")
-    if output_stride not in (8, 16):
-        raise ValueError(f"build_model: output_stride must be 8 or 16, got {output_stride}")
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"build_model: output_stride must be 8, 16 or 32, got {output_stride}")
     if not 0 <= aux_dropout < 1:
         raise ValueError(f"build_model: aux_dropout must be in [0, 1), got {aux_dropout}")

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
+from pmm_fast.models.instance_norm import InstanceNorm2d
 from pmm_fast.models.segmentor import Segmentor, split_architecture
+from pmm_fast.models.timm_backbone import TimmBackbone
 
 # torchvision's first ImageNet weights of each network, the file the released code uses first; the others hold the
 # same weights, saved anew
@@ -22,6 +24,8 @@ _FILES = {
     "resnet50": ("resnet50-19c8e357.pth", "resnet50-0676ba61.pth"),
     "resnet101": ("resnet101-5d3b4d8f.pth", "resnet101-63fe2227.pth"),
     "mobilenet_v2": ("mobilenet_v2-b0353104.pth",),
+    "mobilenet_v2_released": ("mobilenet_v2-b0353104.pth",),
+    "shufflenet_v2": ("shufflenetv2_x1-5666bf0f80.pth",),
 }
 _URL = "https://download.pytorch.org/models/"
 _TIMEOUT_SECONDS = 10.0
@@ -36,6 +40,8 @@ _CLASSIFIER = {
     "resnet50": ("fc.",),
     "resnet101": ("fc.",),
     "mobilenet_v2": ("features.18.", "classifier."),
+    "mobilenet_v2_released": ("classifier.",),
+    "shufflenet_v2": ("fc.",),
 }
 
 
@@ -45,7 +51,8 @@ def load_backbone(model: Segmentor, spec: str) -> str:
     Args:
         model: from :func:`pmm_fast.models.build_model`.
         spec: ``"none"`` (keep the random ones), ``"imagenet"`` (an installed package, torch.hub's cache, or a download
-            into it), or the path of a ``.pth`` or ``.safetensors`` file with torchvision's parameter names.
+            into it; for a backbone of timm, timm's), or the path of a ``.pth`` or ``.safetensors`` file with the
+            parameter names of torchvision, or of timm.
 
     Returns:
         One line that says what was loaded from where.
@@ -57,11 +64,20 @@ def load_backbone(model: Segmentor, spec: str) -> str:
     _, backbone = split_architecture(model.architecture)
     if spec == "none":
         return f"backbone {backbone}: random weights"
+    module = model.get_submodule("encoder.backbone")
+    if isinstance(module, TimmBackbone) and spec == "imagenet":
+        weights, about = module.pretrained_weights()
+        _copy(module, weights, (), "timm's weights")
+        return f"backbone {backbone}: ImageNet weights of timm, {about}"
     path = find_imagenet(backbone) if spec == "imagenet" else Path(spec).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"backbone weights: no file {path} (model.weights is imagenet, none, or a file)")
-    weights = _read(path)
-    _copy(model.get_submodule("encoder.backbone"), weights, _CLASSIFIER[backbone], path)
+    given = _read(path)
+    if isinstance(module, TimmBackbone):
+        weights, unused = module.own_names(given)
+        _copy(module, weights, (), path)
+        return f"backbone {backbone}: weights from {path} (of no use here: {', '.join(unused) or 'none'})"
+    _copy(module, given, _CLASSIFIER[backbone], path)
     source = "ImageNet weights" if spec == "imagenet" else "weights"
     return f"backbone {backbone}: {source} from {path}"
 
@@ -75,7 +91,7 @@ def find_imagenet(backbone: str) -> Path:
     names = _FILES[backbone]
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     tried = []
-    if backbone == "mobilenet_v2":
+    if backbone.startswith("mobilenet_v2"):
         folder = _package_folder(_PACKAGE)
         if folder is not None and (folder / "weights" / names[0]).is_file():
             return folder / "weights" / names[0]
@@ -90,7 +106,7 @@ def find_imagenet(backbone: str) -> Path:
     except OSError as error:
         tried.append(f"{_URL + names[-1]} ({error})")
     remedies = ["--model.weights FILE with torchvision's weights", "--model.weights none for a random start"]
-    if backbone == "mobilenet_v2":
+    if backbone.startswith("mobilenet_v2"):
         remedies.insert(0, _PACKAGE_INSTALL)
     raise FileNotFoundError(
         f"no ImageNet weights for {backbone}.\n  tried: " + "; ".join(tried) + "\n  do one of: " + "; ".join(remedies)
@@ -168,13 +184,18 @@ def describe_mismatch(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
     return "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
 
 
-def _copy(backbone: torch.nn.Module, weights: Mapping[str, Tensor], extras: tuple[str, ...], path: Path) -> None:
-    """Copies by name; refuses anything that would be skipped, save the classifier and BatchNorm's step counters."""
+def _copy(backbone: torch.nn.Module, weights: Mapping[str, Tensor], extras: tuple[str, ...], path: object) -> None:
+    """Copies by name; refuses anything that would be skipped, save the classifier and BatchNorm's step counters.
+
+    An instance norm takes weight and bias of the batch norm that it stands for, if it has them and there was one.
+    """
     wanted = backbone.state_dict()
+    norms = tuple(f"{name}." for name, module in backbone.named_modules() if isinstance(module, InstanceNorm2d))
     given = {key: value for key, value in weights.items() if not key.startswith(extras)}
+    given = {key: value for key, value in given.items() if key in wanted or not key.startswith(norms)}
     # files older than torch 0.4.1 have no step counters, and BatchNorm with a fixed momentum does not read them
-    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
-    given = {**counters, **given}
+    own = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked") or key.startswith(norms)}
+    given = {**own, **given}
     if mismatch := describe_mismatch(given, wanted):
         raise ValueError(f"{path} does not fit the backbone:\n{mismatch}")
     backbone.load_state_dict(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import stat
@@ -16,6 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file as load_safetensors
+from safetensors.torch import save_file as save_safetensors
 
 import pmm_fast
 from pmm_fast import convert
@@ -35,9 +39,10 @@ def make_model(seed: int = 0, **options: Any) -> Segmentor:
     return model.eval()
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    path = tmp_path / "model.pt"
+@pytest.fixture(params=["pt", "safetensors"])
+def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A model in a file of either format."""
+    path = tmp_path / f"model.{request.param}"
     pmm_fast.save(make_model(), path)
     return path
 
@@ -62,11 +67,12 @@ def refused(path: Path, **options: Any) -> str:
     return message
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("memory", [True, False])
-def test_round_trip_is_exact(tmp_path: Path, memory: bool) -> None:
+def test_round_trip_is_exact(tmp_path: Path, memory: bool, suffix: str) -> None:
     model = make_model(memory=memory, output_stride=8, aux_dropout=0.3)
-    pmm_fast.save(model, tmp_path / "model.pt")
-    loaded = pmm_fast.load(tmp_path / "model.pt", label_space="idd_lite7")
+    pmm_fast.save(model, tmp_path / f"model.{suffix}")
+    loaded = pmm_fast.load(tmp_path / f"model.{suffix}", label_space="idd_lite7")
     assert loaded.settings == model.settings and loaded.label_space == "idd_lite7"
     assert not any(module.training for module in loaded.modules())
     assert same(dict(loaded.state_dict()), dict(model.state_dict()))
@@ -74,11 +80,41 @@ def test_round_trip_is_exact(tmp_path: Path, memory: bool) -> None:
     assert torch.equal(loaded(images).logits, model(images).logits)
 
 
-def test_the_configuration_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_configuration_is_kept(tmp_path: Path, suffix: str) -> None:
     config = Config(seed=7)
-    config.optim.lr = 0.125
-    pmm_fast.save(make_model(), tmp_path / "model.pt", config)
-    assert checkpoint.read_config(tmp_path / "model.pt") == config
+    config.optim.lr = 0.1
+    pmm_fast.save(make_model(), tmp_path / f"model.{suffix}", config)
+    assert checkpoint.read_config(tmp_path / f"model.{suffix}") == config
+
+
+def test_both_formats_hold_the_same(tmp_path: Path) -> None:
+    model, config = make_model(), Config(seed=7)
+    for name in ("model.pt", "model.safetensors"):
+        pmm_fast.save(model, tmp_path / name, config)
+    assert same(checkpoint.read(tmp_path / "model.pt"), checkpoint.read(tmp_path / "model.safetensors"))
+    # what a file is, its content says
+    (tmp_path / "model.pt").rename(tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.pt")
+    assert same(checkpoint.read(tmp_path / "other.pt"), checkpoint.read(tmp_path / "other.safetensors"))
+
+
+def test_a_safetensors_file_is_what_others_read(tmp_path: Path) -> None:
+    model = make_model()
+    path = tmp_path / "model.safetensors"
+    pmm_fast.save(model, path)
+    assert same(load_safetensors(path), dict(sorted(model.state_dict().items())))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == checkpoint.FORMAT and json.loads(metadata["settings"]) == model.settings
+    assert json.loads(metadata["label_space"]) == "idd_lite7" and json.loads(metadata["config"]) is None
+
+
+def test_a_training_does_not_go_into_safetensors(tmp_path: Path) -> None:
+    content = {**checkpoint.content_of(make_model()), "training": {"iteration": 1}}
+    with pytest.raises(CheckpointError, match=r"a model alone; the state of a training goes into a \.pt"):
+        checkpoint.write(tmp_path / "model.safetensors", content)
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_configuration_no_training_state(saved: Path) -> None:
@@ -149,11 +185,33 @@ def test_cut_off_file(saved: Path, share: float) -> None:
     assert "damaged or cut off" in refused(saved)
 
 
-@pytest.mark.parametrize("content", [b"just some text\n", b"\x89PNG\r\n\x1a\n", bytes(range(256))])
-def test_file_of_another_kind(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "model.pt"
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"just some text\n", ""),
+        (bytes(range(256)), ""),
+        (b'01234567{"json": 1}', ""),
+        (b"", " (the file is empty)"),
+        (b"\x89PNG\r\n\x1a\n", " (it looks like a PNG image)"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", " (it looks like a JPEG image)"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_file_of_another_kind(tmp_path: Path, content: bytes, kind: str, suffix: str) -> None:
+    path = tmp_path / f"model.{suffix}"
     path.write_bytes(content)
-    assert refused(path).startswith(f"{path}: no checkpoint, or damaged or cut off")
+    assert refused(path) == f"{path}: no checkpoint, or damaged or cut off{kind}"
+
+
+def test_tensors_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_safetensors({"fc.weight": torch.zeros(10, 8), "conv1.weight": torch.zeros(8, 3, 1, 1)}, path, {"format": "pt"})
+    assert refused(path).endswith(
+        "a checkpoint neither of pmm_fast nor of the released code: weights of an image classifier (fc.weight [10, "
+        "8]): a backbone, for --model.weights of a training"
+    )
+    save_safetensors({"a": torch.zeros(1)}, path)
+    assert refused(path).endswith("code: weights of another network (a)")
 
 
 def test_a_file_that_would_run_code_is_not_run(tmp_path: Path) -> None:
@@ -170,12 +228,17 @@ def test_released_checkpoint(tmp_path: Path) -> None:
     state, memory = convert.to_released(build_model("deeplabv3plus_resnet18", 19, channels=8), module_prefix=True)
     path = tmp_path / "last.pth"
     torch.save({"state_dict": state, "memory": memory, "epoch": 40, "mean_iu": np.float64(0.4)}, path)
-    assert "pmm_fast.convert.from_released" in refused(path)
-    torch.save({"state_dict": state, "memory": memory, "epoch": 40}, path)
     assert refused(path).endswith(
-        "expected a checkpoint of format pmm_fast/1, got None (a released .pth is read by "
-        "pmm_fast.convert.from_released)"
+        "a checkpoint of the released code; convert it: python -m pmm_fast.convert "
+        f"{path} {tmp_path / 'last.safetensors'}"
     )
+    assert checkpoint.unpack(path)["mean_iu"] == 0.4
+    torch.save({"state_dict": {"conv.weight": torch.zeros(1)}}, path)
+    assert refused(path).endswith(
+        "code: a checkpoint of another network, whose state_dict is weights of another network (conv.weight)"
+    )
+    torch.save(state, path)
+    assert "code: the bare state_dict of a released checkpoint" in refused(path)
 
 
 def test_checkpoint_of_another_format(tmp_path: Path) -> None:
@@ -183,7 +246,11 @@ def test_checkpoint_of_another_format(tmp_path: Path) -> None:
     torch.save({"format": "pmm_fast/99"}, path)
     assert refused(path).endswith("expected a checkpoint of format pmm_fast/1, got pmm_fast/99")
     torch.save([1, 2, 3], path)
-    assert "expected a checkpoint of format pmm_fast/1, got None" in refused(path)
+    assert refused(path).endswith("a checkpoint neither of pmm_fast nor of the released code: a list")
+    torch.save({"a": 1, "b": 2}, path)
+    assert refused(path).endswith("code: a dictionary with the keys a, b")
+    torch.save({}, path)
+    assert refused(path).endswith("code: an empty dictionary")
 
 
 def test_another_label_space(saved: Path) -> None:

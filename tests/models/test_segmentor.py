@@ -12,9 +12,35 @@ from torch import nn
 from pmm_fast import ops
 from pmm_fast.models import ARCHITECTURES, Segmentor, build_model
 
-LOW_LEVEL = {"resnet18": 64, "resnet50": 256, "resnet101": 256, "mobilenet_v2": 24}
-AUX = {"resnet18": 256, "resnet50": 1024, "resnet101": 1024, "mobilenet_v2": 96}
-CASES = [(name, stride) for name in ARCHITECTURES for stride in (8, 16) if stride == 16 or name.startswith("deeplabv3")]
+LOW_LEVEL = {
+    "resnet18": 64,
+    "resnet50": 256,
+    "resnet101": 256,
+    "mobilenet_v2": 24,
+    "mobilenet_v2_released": 32,
+    "shufflenet_v2": 116,
+}
+AUX = {
+    "resnet18": 256,
+    "resnet50": 1024,
+    "resnet101": 1024,
+    "mobilenet_v2": 96,
+    "mobilenet_v2_released": 320,
+    "shufflenet_v2": 464,
+}
+# backbones whose low-level map is at an eighth, and whose auxiliary map is at output stride 32 too
+COARSE = ("mobilenet_v2_released", "shufflenet_v2")
+CASES = [
+    (name, stride)
+    for name in ARCHITECTURES
+    for stride in (8, 16, 32)
+    if stride == 16 or (name.startswith("deeplabv3") and (stride == 8 or "resnet50" not in name))
+]
+
+
+def at(stride: int) -> tuple[int, int]:
+    """Size of a map of the images below."""
+    return math.ceil(65 / stride), math.ceil(83 / stride)
 
 
 @pytest.mark.parametrize(("architecture", "asked"), CASES)
@@ -25,7 +51,8 @@ def test_shapes_at_odd_sizes(architecture: str, asked: int) -> None:
     head, backbone = architecture.split("_", 1)
     stride = 8 if head == "deeplabv2" else asked
     images = torch.randn(2, 3, 65, 83)
-    coarse, fine = (math.ceil(65 / stride), math.ceil(83 / stride)), (17, 21)
+    coarse, fine = at(stride), at(8 if backbone in COARSE else 4)
+    aux_size = coarse if backbone in COARSE else at(min(stride, 16))
     with torch.no_grad():
         features = model.encoder(images)
         logits = model.decoder(features.feature, features.low_level)
@@ -33,8 +60,8 @@ def test_shapes_at_odd_sizes(architecture: str, asked: int) -> None:
         aux = model.aux_head(features.aux)
     assert features.feature.shape == (2, channels, *coarse) and features.feature.min() >= 0
     assert model.feature_size(65, 83) == coarse
-    assert features.aux.shape == (2, AUX[backbone], *coarse)
-    assert aux.shape == (2, classes, *coarse)
+    assert features.aux.shape == (2, AUX[backbone], *aux_size)
+    assert aux.shape == (2, classes, *aux_size)
     if head == "deeplabv2":
         assert features.low_level is features.feature
         assert logits.shape == (2, classes, *coarse)
@@ -63,6 +90,8 @@ def test_dilation_law() -> None:
         assert dilations(net.layer3) == {(2, 1), (1, 1)} and dilations(net.layer4) == {(1, 2)}
         net = build_model(f"deeplabv3plus_{backbone}", 3, channels=8, output_stride=8).encoder.backbone
         assert dilations(net.layer3) == {(1, 2)} and dilations(net.layer4) == {(1, 4)}
+    net = build_model("deeplabv3plus_resnet18", 3, channels=8, output_stride=32).encoder.backbone
+    assert dilations(net.layer3) == dilations(net.layer4) == {(2, 1), (1, 1)}
     net = build_model("deeplabv3plus_mobilenet_v2", 3, channels=8).encoder.backbone
     assert dilations(net.features[:14]) == {(2, 1), (1, 1)} and dilations(net.features[14:]) == {(1, 2)}
     net = build_model("deeplabv3plus_mobilenet_v2", 3, channels=8, output_stride=8).encoder.backbone
@@ -70,7 +99,7 @@ def test_dilation_law() -> None:
 
 
 def test_aspp_rates_and_moved_stride() -> None:
-    for stride, rates in ((16, [1, 6, 12, 18]), (8, [1, 12, 24, 36])):
+    for stride, rates in ((16, [1, 6, 12, 18]), (8, [1, 12, 24, 36]), (32, [1, 3, 6, 9])):
         aspp = build_model("deeplabv3plus_resnet18", 3, channels=8, output_stride=stride).encoder.aspp
         assert [branch[0].dilation[0] for branch in aspp.branches] == rates
     first = build_model("deeplabv2_resnet50", 3, channels=8).encoder.backbone.layer2[0]
@@ -94,7 +123,16 @@ def test_initial_values() -> None:
     assert model.aux_head[3].p == 0.1
 
 
-@pytest.mark.parametrize("architecture", ["deeplabv3plus_resnet18", "deeplabv3plus_mobilenet_v2", "deeplabv2_resnet18"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "deeplabv3plus_resnet18",
+        "deeplabv3plus_mobilenet_v2",
+        "deeplabv2_resnet18",
+        "deeplabv3plus_mobilenet_v2_released",
+        "deeplabv3plus_shufflenet_v2",
+    ],
+)
 def test_second_derivative_in_training_mode(architecture: str) -> None:
     torch.manual_seed(0)
     model = build_model(architecture, 3, channels=8, aux_dropout=0.0).train()
@@ -151,8 +189,8 @@ def test_errors_say_what_to_do() -> None:
         build_model("deeplabv3plus_resnet18", 0)
     with pytest.raises(ValueError, match="channels must be positive, got -1"):
         build_model("deeplabv3plus_resnet18", 19, channels=-1)
-    with pytest.raises(ValueError, match="output_stride must be 8 or 16, got 32"):
-        build_model("deeplabv3plus_resnet18", 19, output_stride=32)
+    with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 4"):
+        build_model("deeplabv3plus_resnet18", 19, output_stride=4)
     with pytest.raises(ValueError, match="aux_dropout must be in"):
         build_model("deeplabv3plus_resnet18", 19, aux_dropout=1.0)
     model = build_model("deeplabv3plus_resnet18", 3, channels=8, memory=False)
