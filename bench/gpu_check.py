@@ -2,9 +2,9 @@
 
 Works with the packages of the interpreter that runs it (torch, triton, pytest, hypothesis, numpy, pillow, pyyaml, tqdm,
 safetensors, setuptools, pybind11, ninja; nvcc on the path), in an environment of its own that sees them.  Writes
-``<device>.json`` (versions, every step with its time and the end of its output, the records of bench/memory_ops.py,
-bench/meta_step.py and bench/photometric.py) and ``<device>.md``, a short table.  A step that fails or runs out of time
-does not stop the others; the exit status is 1.
+``<device>.json`` (versions, every step with its time and the end of its output, the records of memory_ops, meta_step,
+photometric and evaluation in bench) and ``<device>.md``, a short table.  A step that fails or runs out of time does not
+stop the others; the exit status is 1.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def steps(scratch: Path) -> list[tuple[str, list[object], int]]:
     install = [PYTHON, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
     # rounds end in time for the compiled variant, which comes last and is kept out of the record if it is cut off
     meta_step = ["bench/meta_step.py", "--preset", "paper", "--iterations", "6", "--limit", "110"]
+    evaluation = ["bench/evaluation.py", "--size", "1024", "2048", "--architecture", "deeplabv3plus_resnet50"]
     sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     return [
         ("build", install, 180),
@@ -71,6 +72,7 @@ def steps(scratch: Path) -> list[tuple[str, list[object], int]]:
         ("meta_step", [PYTHON, *meta_step, "--json", scratch / "meta_step.json"], 150),
         ("memory_ops", [PYTHON, "bench/memory_ops.py", "--limit", "100", "--json", scratch / "memory_ops.json"], 130),
         ("photometric", [PYTHON, "bench/photometric.py", "--json", scratch / "photometric.json"], 60),
+        ("evaluation", [PYTHON, *evaluation, "--json", scratch / "evaluation.json"], 60),
         ("memcheck", [*sanitize, "memcheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
         ("racecheck", [*sanitize, "racecheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
         ("slow tests", [*test, "-m", "gpu and slow", "tests"], 120),
@@ -151,7 +153,7 @@ def commit() -> str:
 
 def measured(scratch: Path) -> dict[str, object]:
     """The benches' records, where they got so far."""
-    files = {name: scratch / f"{name}.json" for name in ("memory_ops", "meta_step", "photometric")}
+    files = {name: scratch / f"{name}.json" for name in ("memory_ops", "meta_step", "photometric", "evaluation")}
     found: dict[str, object] = {}
     for name, file in files.items():
         # absent, or half written by a step that ran out of time
@@ -189,6 +191,13 @@ def table(record: dict) -> str:
     if rows := record.get("photometric"):
         lines += ["", "| photometric | look | ms an image |", "|---|---|---|"]
         lines += [f"| {row['backend']} | {row['look']} | {number(row['ms_per_image'])} |" for row in rows]
+    if rows := record.get("evaluation"):
+        lines += ["", "| evaluation | way | s an image | network | rest | peak GB | x released | x plain |"]
+        lines.append("|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            values = [row[name] for name in ("seconds", "network_seconds", "rest_seconds")]
+            values += [row["peak_bytes"] / 1e9, row["times_released"], row["times_plain"]]
+            lines.append("| " + " | ".join([row["protocol"], row["way"], *map(number, values)]) + " |")
     return "\n".join(lines) + "\n"
 
 

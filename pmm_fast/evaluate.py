@@ -2,18 +2,30 @@
 
 python -m pmm_fast.evaluate runs/demo/pinmem
 python -m pmm_fast.evaluate runs/demo/agg runs/demo/pinmem --out comparison
-python -m pmm_fast.evaluate checkpoint.pt --data.unseen /data/my_town --eval.protocol sliding --eval.flip --amp
+python -m pmm_fast.evaluate weights.safetensors --data.root /data --data.unseen cityscapes bdd100k --protocol sliding
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmm_fast.config import CHECKPOINT_FILE, Config, ConfigError, Parser, from_dict, run_main, validate
+from pmm_fast.config import (
+    Config,
+    ConfigError,
+    Parser,
+    forget_protocol,
+    from_dict,
+    resolve_protocol,
+    run_main,
+    validate,
+)
+from pmm_fast.config.runs import common_folder, run_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,15 +34,20 @@ if TYPE_CHECKING:
     from pmm_fast.data.folder import FolderDomain
     from pmm_fast.engine.evaluate import DomainResult
     from pmm_fast.models import Segmentor
+    from pmm_fast.viz.comparison import Example
 
 PROG = "python -m pmm_fast.evaluate"
 DESCRIPTION = (
     "Test trained networks on the val split of their source and unseen domains, and compare them: a table, "
     "results.json, results.csv, results.md, pictures, and training curves.  Options override the first run's "
-    "configuration; testing is in float32 unless --amp is given."
+    "configuration; --protocol replaces its test settings altogether; testing is in float32 unless --amp is given."
 )
-SECTIONS = ("data", "eval", "device", "amp", "amp_dtype", "tf32")
+SECTIONS = ("data", "eval", "seed", "device", "amp", "amp_dtype", "tf32")
 PICTURES = 3
+
+
+class IncompleteError(ValueError):
+    """Some domains could not be tested; the scores of the others are written."""
 
 
 @dataclass
@@ -42,165 +59,268 @@ class Run:
     model: Segmentor
 
 
+@dataclass
+class Tested:
+    """What was found on one domain.
+
+    Attributes:
+        domain: the domain.
+        results: name of each run to its scores; a run that failed is missing.
+        examples: rows of the picture.
+        failure: why it is not complete; empty if it is.
+    """
+
+    domain: FolderDomain
+    results: dict[str, DomainResult] = field(default_factory=dict)
+    examples: list[Example] = field(default_factory=list)
+    failure: str = ""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, test, print the table, write the files.
 
     Raises:
-        ValueError: a wrong option, checkpoint or domain (``ConfigError``, ``CheckpointError``, ``DataError``).
+        ValueError: a wrong option, checkpoint or domain (``ConfigError``, ``CheckpointError``, ``DataError``), or a
+            domain that could not be tested to its end (``IncompleteError``, after the others were written).
     """
     parser = Parser(PROG, DESCRIPTION, sections=SECTIONS)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a checkpoint file")
     parser.own.add_argument("--out", metavar="DIR", help="where to write; default: `evaluation` beside the runs")
     own, options = parser.parse_options(argv)
+    refuse_several_processes()
     # the names are checked before anything is loaded
     names = run_names(own.runs)
-    config = stored_config(own.runs[0], options)
-    runs, domains = load_runs(names, config), open_domains(config)
-    folders = [run.folder for run in runs]
-    out = Path(own.out) if own.out else _common(folders) / "evaluation"
+    runs, config = load_runs(names, options)
+    domains = open_domains(config)
+    out = Path(own.out) if own.out else common_folder([run.folder for run in runs]) / "evaluation"
     # before testing, which may take hours
     out.mkdir(parents=True, exist_ok=True)
-    results, pictures = evaluate_runs(runs, domains, config)
-    write(out, runs, domains, config, results, pictures)
+    tested: list[Tested] = []
+    for domain in domains:
+        tested.append(evaluate_on(runs, domain, config))
+        # what is known so far outlives whatever happens to the next one
+        write_scores(out, runs, config, tested)
+    write_report(out, runs, config, tested)
+    print(f"\nwritten to {out}")
+    if failures := [each.failure for each in tested if each.failure]:
+        raise IncompleteError(f"not tested to the end: {'; '.join(failures)}")
 
 
-def run_names(paths: list[str]) -> dict[str, Path]:
-    """A short, unique name for each run: the end of its path, as much of it as it takes.
+def refuse_several_processes() -> None:
+    """Testing is one process.
 
     Raises:
-        ConfigError: the same run is given twice.
+        ConfigError: this is one of several that torchrun started.
     """
-    resolved = [Path(path).expanduser().resolve() for path in paths]
-    parts = [(path.parent if path.name == CHECKPOINT_FILE else path.with_suffix("")).parts for path in resolved]
-    if len(set(parts)) != len(parts):
-        raise ConfigError(f"a run is given twice: {', '.join(paths)}")
-    length = 1
-    while len({part[-length:] for part in parts}) != len(parts):
-        length += 1
-    return {"/".join(part[-length:]): path for part, path in zip(parts, resolved, strict=True)}
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise ConfigError(f"evaluate is one process, but torchrun started {processes}: call it with {PROG}")
 
 
-def stored_config(path: str, options: dict[str, Any]) -> Config:
-    """The configuration that a run was trained with, with the command line's options on top."""
+# --- before the test ----------------------------------------------------------------------------------------------
+
+
+def load_runs(paths: Mapping[str, Path], options: Mapping[str, Any]) -> tuple[list[Run], Config]:
+    """The networks, on the CPU, and the configuration of their test.
+
+    Args:
+        paths: name of each run to its folder or checkpoint file.
+        options: those of the command line.
+
+    Raises:
+        ValueError: a checkpoint cannot be read, its network is for other classes than the rest, or an option is wrong.
+    """
     from pmm_fast.engine import checkpoint
 
-    base = checkpoint.read_config(path)
-    # where and in which precision it was trained is no reason to test there and so
-    base.device, base.amp, base.tf32 = "auto", False, False
+    runs: list[Run] = []
+    config = Config()
+    for name, path in paths.items():
+        content = checkpoint.read(path)
+        if not runs:
+            config = choose_config(path, content, options)
+        _check_space(path, content["model"], config.data.label_space)
+        runs.append(Run(name, path if path.is_dir() else path.parent, checkpoint.rebuild(content, path)))
+    return runs, config
+
+
+def choose_config(path: Path, content: Mapping[str, Any], options: Mapping[str, Any]) -> Config:
+    """The configuration of a test: what the checkpoint stores, then the command line's options.
+
+    A checkpoint without a configuration (a converted one) has no domains, and the label space of its network.
+
+    Raises:
+        ConfigError: an option is wrong, or there are no domains to test on.
+    """
+    if content["config"] is not None:
+        base = from_dict(content["config"], str(path))
+        # where and in which precision it was trained is no reason to test there and so
+        base.device, base.amp, base.tf32 = "auto", False, False
+    else:
+        base = Config()
+        base.data.sources, base.data.unseen = [], []
+        base.data.label_space = content["model"]["label_space"] or base.data.label_space
+    base.eval = forget_protocol(base.eval, options.get("eval", {}))
     config = from_dict(options, "command line", base)
     validate(config, training=False)
+    if not config.data.sources and not config.data.unseen:
+        hint = "" if content["config"] is not None else f"; {path} holds no configuration that names any"
+        raise ConfigError(f"data.sources and data.unseen: expected at least one domain to test on, got none{hint}")
     return config
 
 
-def load_runs(paths: dict[str, Path], config: Config) -> list[Run]:
-    """The networks, on the CPU.
+def _check_space(path: Path, model: Mapping[str, Any], label_space: str) -> None:
+    from pmm_fast.data.labels import get_space
 
-    Raises:
-        ValueError: one cannot be read, or was trained for other classes than the rest.
-    """
-    from pmm_fast.engine import checkpoint
-
-    runs = []
-    for name, path in paths.items():
-        model = checkpoint.load(path)
-        if model.label_space != config.data.label_space:
-            raise ConfigError(
-                f"{path}: trained for the label space {model.label_space}, but this test is in "
-                f"{config.data.label_space} (data.label_space of the first run); networks are compared in one space"
-            )
-        runs.append(Run(name, path if path.is_dir() else path.parent, model))
-    return runs
+    space, classes = get_space(label_space), model["settings"]["num_classes"]
+    if model["label_space"] not in (None, label_space):
+        raise ConfigError(
+            f"{path}: trained for the label space {model['label_space']}, but this test is in {label_space} "
+            "(data.label_space of the first run); networks are compared in one space"
+        )
+    if classes != space.num_classes:
+        raise ConfigError(
+            f"{path}: a network of {classes} classes, but this test is in {label_space}, which has "
+            f"{space.num_classes}; --data.label_space names another"
+        )
 
 
 def open_domains(config: Config) -> list[FolderDomain]:
-    """Source, then unseen domains, each once, with the images of their val split."""
+    """Source, then unseen domains, each once, with the images of their val split.
+
+    Raises:
+        ConfigError: some are not there or not whole, each with the reason.
+    """
     from pmm_fast.data.folder import open_domain
 
-    names = list(dict.fromkeys([*config.data.sources, *config.data.unseen]))
-    if not names:
-        raise ConfigError("data.sources and data.unseen: expected at least one domain to test on, got none")
-    return [open_domain(name, config.data, "val") for name in names]
+    domains, problems = [], []
+    for name in dict.fromkeys([*config.data.sources, *config.data.unseen]):
+        try:
+            domains.append(open_domain(name, config.data, "val"))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return domains
 
 
-Pictures = dict[str, dict[int, "list[Image.Image]"]]
-"""Domain to sample index to cells: image, truth, and each run's prediction."""
+# --- the test -----------------------------------------------------------------------------------------------------
 
 
-def evaluate_runs(
-    runs: list[Run], domains: list[FolderDomain], config: Config
-) -> tuple[dict[str, list[DomainResult]], Pictures]:
-    """Test every network on every domain.
+def evaluate_on(runs: list[Run], domain: FolderDomain, config: Config) -> Tested:
+    """Test every network on a domain; what goes wrong is noted, for other domains must not suffer.
 
-    Returns:
-        The results of each run, and the pictures of ``PICTURES`` evenly spaced images of each domain.
+    Args:
+        runs: the networks.
+        domain: the domain.
+        config: protocol, device, precision.
     """
+    import torch
+
     from pmm_fast.data.labels import get_space
     from pmm_fast.data.survey import evenly_spaced
     from pmm_fast.engine.build import amp_type, pick_device, set_float32_precision
     from pmm_fast.engine.evaluate import evaluate_domain
-    from pmm_fast.viz.overlays import overlay
+    from pmm_fast.viz.comparison import Example
 
     space, device = get_space(config.data.label_space), pick_device(config.device)
     set_float32_precision(config.tf32)
-    results: dict[str, list[DomainResult]] = {run.name: [] for run in runs}
-    pictures: Pictures = {}
-    for domain in domains:
-        tested = evenly_spaced(len(domain), config.eval.limit)
-        cells: dict[int, list[Image.Image]] = {tested[i]: [] for i in evenly_spaced(len(tested), PICTURES)}
+    indices = evenly_spaced(len(domain), config.eval.limit)
+    shown = {indices[i] for i in evenly_spaced(len(indices), PICTURES)}
+    examples: dict[int, Example] = {}
 
-        def keep(
-            index: int, image: Image.Image, labels: np.ndarray, prediction: np.ndarray, cells: Any = cells
-        ) -> None:
-            if index in cells:
-                if not cells[index]:
-                    cells[index] += [image, overlay(image, labels, space)]
-                cells[index].append(overlay(image, prediction, space))
+    def keep(index: int, image: Image.Image, labels: np.ndarray, prediction: np.ndarray) -> None:
+        if index in shown:
+            example = examples.setdefault(index, Example(domain.pairs[index][0].stem, image, labels, []))
+            examples[index] = Example(example.title, image, labels, [*example.predictions, prediction])
 
-        print(domain.describe(), file=sys.stderr)
-        for run in runs:
-            print(f"{run.name} on {domain.name} ({device})", file=sys.stderr, flush=True)
-            model = run.model.to(device)
-            results[run.name].append(
-                evaluate_domain(
-                    model, domain, space.num_classes, config.eval, device, amp_type(config), on_prediction=keep
-                )
+    tested = Tested(domain)
+    print(domain.describe(), file=sys.stderr)
+    for run in runs:
+        ignored = resolve_protocol(config.eval).noise and run.model.memory is None
+        note = ", without noise: it has no memory" if ignored else ""
+        print(f"{run.name} on {domain.name} ({device}){note}", file=sys.stderr, flush=True)
+        model = run.model.to(device)
+        try:
+            tested.results[run.name] = evaluate_domain(
+                model, domain, space.num_classes, config.eval, device, amp_type(config), config.seed, on_prediction=keep
             )
-        pictures[domain.name] = cells
-    return results, pictures
+        except (ValueError, OSError) as error:
+            tested.failure = f"{run.name} on {domain.name}: {error}"
+        except torch.OutOfMemoryError:
+            tested.failure = f"{run.name} on {domain.name}: out of GPU memory (--eval.tile_batch 1 takes least)"
+        if tested.failure:
+            print(f"error: {tested.failure}", file=sys.stderr)
+            break
+    tested.examples = [example for example in examples.values() if len(example.predictions) == len(runs)]
+    return tested
 
 
-def write(
-    out: Path,
-    runs: list[Run],
-    domains: list[FolderDomain],
-    config: Config,
-    results: dict[str, list[DomainResult]],
-    pictures: Pictures,
-) -> None:
-    """Print the table and write every file into ``out``."""
+# --- after the test -----------------------------------------------------------------------------------------------
+
+
+def write_scores(out: Path, runs: list[Run], config: Config, tested: list[Tested]) -> None:
+    """Write ``results.json`` and ``results.csv`` of the domains so far."""
     from pmm_fast.data.labels import get_space
     from pmm_fast.engine.evaluate import write_results
-    from pmm_fast.viz.overlays import comparison_grid
+
+    protocol = {
+        "protocol" if key == "name" else key: value for key, value in asdict(resolve_protocol(config.eval)).items()
+    }
+    settings = {
+        "eval": protocol | {"limit": config.eval.limit},
+        "seed": config.seed,
+        "amp": config.amp_dtype if config.amp else None,
+    }
+    results = {run.name: [each.results[run.name] for each in tested if run.name in each.results] for run in runs}
+    classes = get_space(config.data.label_space).classes
+    write_results(results, out, classes, config.data.unseen, settings, config.eval.protocol)
+
+
+def write_report(out: Path, runs: list[Run], config: Config, tested: list[Tested]) -> None:
+    """Print the table, write it with those of the classes into ``results.md``, and draw the pictures."""
+    from pmm_fast.config.eval_protocols import describe_eval
+    from pmm_fast.data.convert_files import write_whole
+    from pmm_fast.data.labels import get_space
     from pmm_fast.viz.tables import class_table, results_table
 
-    space = get_space(config.data.label_space)
-    scores = {name: {r.name: r.confusion.miou() for r in found} for name, found in results.items()}
-    sources, unseen = config.data.sources, config.data.unseen
-    settings = {"eval": asdict(config.eval), "amp": config.amp_dtype if config.amp else None}
-    write_results(results, out, space.classes, unseen, settings)
-    report = ["# mIoU", results_table(scores, sources, unseen, markdown=True)]
-    for position, domain in enumerate(domains):
-        iou = {name: found[position].confusion.iou().tolist() for name, found in results.items()}
-        report += [f"## IoU of every class, {domain.name}", class_table(iou, space.classes, markdown=True)]
-        titles = [domain.pairs[index][0].stem for index in pictures[domain.name]]
-        grid = comparison_grid(
-            list(pictures[domain.name].values()), ["image", "truth", *[run.name for run in runs]], titles, space
-        )
-        grid.save(out / f"overlays_{re.sub(r'[^0-9A-Za-z-]+', '_', domain.name).strip('_')}.png")
-    (out / "results.md").write_text("\n\n".join(report) + "\n", encoding="utf-8")
+    classes, sources, unseen = get_space(config.data.label_space).classes, config.data.sources, config.data.unseen
+    scores = {
+        run.name: {
+            each.domain.name: each.results[run.name].confusion.miou() for each in tested if run.name in each.results
+        }
+        for run in runs
+    }
+    about = f"Protocol {config.eval.protocol}: {describe_eval(resolve_protocol(config.eval))}."
+    report = ["# mIoU", about, results_table(scores, sources, unseen, markdown=True)]
+    for each in tested:
+        iou = {name: result.confusion.iou().tolist() for name, result in each.results.items()}
+        if iou:
+            report += [f"## IoU of every class, {each.domain.name}", class_table(iou, classes, markdown=True)]
+    text = "\n\n".join(report) + "\n"
+    write_whole(out / "results.md", lambda part: part.write_text(text, encoding="utf-8"))
+    for each in tested:
+        _draw(out, runs, config, each)
     _draw_curves(out, runs)
     print(results_table(scores, sources, unseen))
-    print(f"\nwritten to {out}")
+
+
+def _draw(out: Path, runs: list[Run], config: Config, tested: Tested) -> None:
+    """The pictures of a domain: a confusion matrix a run, and images with every run's prediction."""
+    from pmm_fast.data.labels import get_space
+    from pmm_fast.viz.comparison import draw_comparison
+    from pmm_fast.viz.matrices import draw_confusion
+
+    space, domain = get_space(config.data.label_space), tested.domain.name
+    for name, result in tested.results.items():
+        picture = draw_confusion(result.confusion.matrix.numpy(), space.classes, f"{name} on {domain}")
+        picture.save(out / f"confusion_{_file_name(name)}_{_file_name(domain)}.png")
+    if tested.examples:
+        picture = draw_comparison(tested.examples, [run.name for run in runs], space)
+        picture.save(out / f"overlays_{_file_name(domain)}.png")
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^0-9A-Za-z-]+", "_", name).strip("_")
 
 
 def _draw_curves(out: Path, runs: list[Run]) -> None:
@@ -215,13 +335,6 @@ def _draw_curves(out: Path, runs: list[Run]) -> None:
     except (ImportError, ValueError) as error:
         # the scores are what was asked for
         print(f"no training curves: {error}", file=sys.stderr)
-
-
-def _common(folders: list[Path]) -> Path:
-    if len(folders) == 1:
-        return folders[0]
-    shared = [level[0] for level in zip(*(folder.parts for folder in folders), strict=False) if len(set(level)) == 1]
-    return Path(*shared)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Needs nothing but PyYAML, so that ``--help`` and ``--print-config`` answer at on
 """
 
 from pmm_fast.config.cli import CHECKPOINT_FILE, Parser, default_out, parse_command_line, run_main
+from pmm_fast.config.eval_protocols import EVAL_PROTOCOLS, EvalProtocol, forget_protocol, resolve_protocol
 from pmm_fast.config.load import (
     ConfigError,
     from_dict,
@@ -25,24 +26,29 @@ from pmm_fast.config.schema import (
     MetaConfig,
     ModelConfig,
     OptimConfig,
+    WhiteningConfig,
 )
 from pmm_fast.config.validate import validate
 
 __all__ = [
     "CHECKPOINT_FILE",
+    "EVAL_PROTOCOLS",
     "Config",
     "ConfigError",
     "DataConfig",
     "DomainConfig",
     "EvalConfig",
+    "EvalProtocol",
     "MemoryConfig",
     "MetaConfig",
     "ModelConfig",
     "OptimConfig",
     "Parser",
+    "WhiteningConfig",
     "default_out",
     "describe_order",
     "describe_protocol",
+    "forget_protocol",
     "from_dict",
     "leave_one_out",
     "load_config",
@@ -50,6 +56,7 @@ __all__ = [
     "load_preset",
     "parse_command_line",
     "preset_names",
+    "resolve_protocol",
     "run_main",
     "to_dict",
     "to_yaml",

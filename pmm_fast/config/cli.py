@@ -33,7 +33,12 @@ from pmm_fast.config.validate import get_option, validate
 CHECKPOINT_FILE = "checkpoint.pt"
 """The file by which a folder is known to hold a run."""
 
-SHORTCUTS = {"mode": "meta.mode", "iterations": "optim.iterations", "loader": "data.loader"}
+SHORTCUTS = {
+    "mode": "meta.mode",
+    "iterations": "optim.iterations",
+    "loader": "data.loader",
+    "protocol": "eval.protocol",
+}
 """Short names of the options that are used most."""
 
 TRACEBACK = "PMM_FAST_TRACEBACK"
@@ -181,7 +186,9 @@ def _show(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return str(value) if value not in ("", None) else "empty"
+    if value is None:
+        return "as the protocol has it"
+    return str(value) or "empty"
 
 
 def _type_of(key: str) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from pmm_fast.config.eval_protocols import describe_eval, resolve_protocol
 from pmm_fast.config.load import ConfigError, suggest
-from pmm_fast.config.schema import Config, EvalConfig
+from pmm_fast.config.schema import Config
 
 META_MODES = ("pinmem", "mldg")
 
@@ -45,7 +46,9 @@ def describe_protocol(config: Config) -> list[str]:
     lines.append(f"{data.batch_per_domain} images of each source: {common}, {'blurred' if data.blur else 'no blur'}")
     for position, name in enumerate(data.sources):
         lines.append(f"source {_data_set(config, name)}: {_jitter(config, position)}")
-    lines += [f"unseen {_data_set(config, name)}: {describe_test(config.eval)}" for name in data.unseen]
+    lines += [
+        f"unseen {_data_set(config, name)}: {describe_eval(resolve_protocol(config.eval))}" for name in data.unseen
+    ]
     return lines
 
 
@@ -54,14 +57,6 @@ def describe_order(config: Config) -> str:
     if config.meta.mode not in META_MODES:
         return "no meta-learning"
     return f"order {config.meta.order} ({'exact' if config.meta.order == 2 else 'as released'})"
-
-
-def describe_test(settings: EvalConfig) -> str:
-    """The test protocol in words."""
-    size = f"resized to height {settings.height}" if settings.height else "at their own size"
-    whole = "whole images" if settings.protocol == "whole" else f"tiles of {settings.crop} x {settings.crop} of images"
-    scales = "" if settings.scales == [1.0] else f", scales {' '.join(f'{scale:g}' for scale in settings.scales)}"
-    return f"{whole} {size}{scales}{', mirrored too' if settings.flip else ''}"
 
 
 def _data_set(config: Config, name: str) -> str:

@@ -17,9 +17,13 @@ def test_dry_run_lists_what_exists():
     command = [sys.executable, "bench/gpu_check.py", "--dry-run"]
     run = subprocess.run(command, cwd=repository.ROOT, capture_output=True, text=True, check=True)
     names = [line.split(" (")[0] for line in run.stdout.splitlines()]
-    assert names[:3] == ["build", "doctor", "tests"] and {"memory_ops", "meta_step", "photometric", "memcheck"} <= set(
-        names
-    )
+    assert names[:3] == ["build", "doctor", "tests"] and set(names) >= {
+        "memory_ops",
+        "meta_step",
+        "photometric",
+        "evaluation",
+        "memcheck",
+    }
     for line in run.stdout.splitlines():
         for word in line.split():
             if word.startswith("bench/"):
@@ -56,8 +60,11 @@ def test_record_and_table(tmp_path):
     (tmp_path / "meta_step.json").write_text(json.dumps([iteration]))
     look = {"backend": "cuda", "look": "both", "ms_per_image": 0.0456}
     (tmp_path / "photometric.json").write_text(json.dumps([look]))
+    image = {"protocol": "whole", "way": "ours", "seconds": 0.05, "network_seconds": 0.04, "rest_seconds": 0.01}
+    image |= {"peak_bytes": 1.5e9, "times_released": 3.0, "times_plain": 1.25}
+    (tmp_path / "evaluation.json").write_text(json.dumps([image]))
     found = gpu_check.measured(tmp_path)
-    assert found == {"memory_ops": [row], "meta_step": [iteration], "photometric": [look]}
+    assert found == {"memory_ops": [row], "meta_step": [iteration], "photometric": [look], "evaluation": [image]}
     step = {"name": "build", "status": "ok", "seconds": 60.0, "output": ""}
     record = {"device": "A GPU", "date": "2030-01-01", "commit": "0" * 40, "steps": [step], **found}
     table = gpu_check.table(record)
@@ -65,3 +72,4 @@ def test_record_and_table(tmp_path):
     assert "| memory_read | paper | float32 | triton | fwd | 0.0213 | 0.8 |  | 12 |" in table
     assert "| order2_bf16 | 25 | 0.32 | 12.5 | 4.5 |  |" in table
     assert "| cuda | both | 0.0456 |" in table
+    assert "| whole | ours | 0.05 | 0.04 | 0.01 | 1.5 | 3 | 1.25 |" in table

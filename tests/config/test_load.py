@@ -163,6 +163,34 @@ def test_published_settings() -> None:
     assert meta.inner_lr_ratio == 0.25 and ours.data.crop == [768, 768] and ours.data.batch_per_domain == 4
 
 
+def test_baselines_are_trained_as_their_settings_say() -> None:
+    found = {}
+    for name in ("gs_agg", "gs_mldg", "gsi_ibn", "gsi_isw", "demo_mldg", "demo_ibn", "demo_isw"):
+        config = load_preset(name)
+        data, optim = config.data, config.optim
+        found[name] = (
+            config.meta.mode,
+            config.model.instance_norm,
+            data.strong_domains,
+            optim.iterations,
+            optim.schedule,
+        )
+        assert len(data.sources) == {"gs": 2, "gsi": 3, "demo": 3}[name.split("_")[0]]
+    assert found == {
+        "gs_agg": ("agg", "none", [], 30463, "exp"),
+        "gs_mldg": ("mldg", "none", [0], 30463, "exp"),
+        "gsi_ibn": ("agg", "ibn", [], 69099, "poly"),
+        "gsi_isw": ("agg", "isw", [], 69099, "poly"),
+        "demo_mldg": ("mldg", "none", [], 250, "poly"),
+        "demo_ibn": ("agg", "ibn", [], 250, "poly"),
+        "demo_isw": ("agg", "isw", [], 250, "poly"),
+    }
+    whitening = load_preset("gsi_isw").whitening
+    assert (whitening.weight, whitening.clusters, whitening.images, whitening.trials) == (0.6, 3, 500, 10)
+    # passes 0 to 5
+    assert whitening.start == 6 * 743
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_domain_of_a_preset_is_defined(name: str) -> None:
     data = load_preset(name).data
