@@ -15,6 +15,7 @@ _SUBMODULES = ("config", "convert", "data", "engine", "meta", "models", "ops", "
 _NAMES = {
     "build_model": "pmm_fast.models",
     "SemanticMemory": "pmm_fast.models",
+    "Predictor": "pmm_fast.engine.predict",
     "load": "pmm_fast.engine.checkpoint",
     "save": "pmm_fast.engine.checkpoint",
 }

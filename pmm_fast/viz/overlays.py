@@ -34,15 +34,18 @@ def overlay(image: Image.Image, labels: np.ndarray, space: LabelSpace, alpha: fl
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected 0..1, got {alpha}")
-    colours = colourise(labels, space).astype(np.float32)
+    colours = colourise(labels, space)
     height, width = labels.shape
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image.convert("RGB"), np.float32)
-    painted = (1 - alpha) * pixels + alpha * colours
-    grey = 0.6 * pixels.mean(2, keepdims=True) + 0.4 * pixels
-    known = (labels < space.num_classes)[..., None]
-    return Image.fromarray(np.where(known, painted, grey).round().astype(np.uint8))
+    pixels = np.asarray(image.convert("RGB"))
+    painted = pixels * np.float32(1 - alpha)
+    painted += colours * np.float32(alpha)
+    unknown = labels >= space.num_classes
+    if unknown.any():
+        seen = pixels[unknown].astype(np.float32)
+        painted[unknown] = 0.6 * seen.mean(1, keepdims=True) + 0.4 * seen
+    return Image.fromarray(np.rint(painted, out=painted).astype(np.uint8))
 
 
 def swatches(entries: Sequence[tuple[str, Colour]], width: int, size: int = 15) -> Image.Image:
