@@ -66,14 +66,14 @@ def expected(folders, suffixes):
 
 
 def test_sdist(built):
-    wanted = expected(COPIED, {*repository.CODE, ".yaml", ".txt", ".md"})
+    wanted = expected(COPIED, {*repository.CODE, ".yaml", ".txt", ".css", ".md"})
     wanted |= {"pmm_fast/py.typed", "Makefile", "README.md", "LICENSE", "pyproject.toml", "setup.py"}
     assert wanted - built[0] == set()
 
 
 def test_wheel(built):
     modules = {name.replace("kernels/", "pmm_fast/kernels/", 1) for name in expected(("kernels",), (".py",))}
-    modules |= expected(("pmm_fast",), (".py", ".yaml", ".txt"))
+    modules |= expected(("pmm_fast",), (".py", ".yaml", ".txt", ".css"))
     assert (modules | {"pmm_fast/py.typed"}) - built[1] == set()
 
 
