@@ -24,11 +24,12 @@ STAMP := $(VENV)/.installed
 # an earlier attempt is continued; a finished run ends at once
 resume = $(if $(wildcard $(1)/checkpoint.pt),--resume)
 
-.PHONY: help demo test lint install bench gpu-check clean
+.PHONY: help demo baselines test lint install bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train two small networks on generated streets, test both on unseen weather: $(DEMO)"
+	@echo "make baselines train MLDG, IBN-Net and RobustNet too, and compare all five"
 	@echo "make test      run the tests (ARGS=\"-k loader\" passes arguments to pytest)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     time the operators against the released code's and plain PyTorch"
@@ -39,7 +40,17 @@ help:
 demo: install
 	$(BIN) -m pmm_fast.train --config demo --amp --mode agg --out $(DEMO)/agg $(call resume,$(DEMO)/agg)
 	$(BIN) -m pmm_fast.train --config demo --amp --out $(DEMO)/pinmem $(call resume,$(DEMO)/pinmem)
-	$(BIN) -m pmm_fast.evaluate $(DEMO)/agg $(DEMO)/pinmem --out $(DEMO)
+	$(BIN) -m pmm_fast.evaluate $(DEMO)/agg $(DEMO)/pinmem --out $(DEMO)/evaluation
+	$(BIN) -m pmm_fast.report $(DEMO)/agg $(DEMO)/pinmem --out $(DEMO)/report.html
+
+# the networks of `make demo`, and the other three methods
+baselines: demo
+	for method in mldg ibn isw; do \
+	  $(BIN) -m pmm_fast.train --config demo_$$method --amp --out $(DEMO)/$$method \
+	    $$(test -f $(DEMO)/$$method/checkpoint.pt && echo --resume) || exit 1; \
+	done
+	$(BIN) -m pmm_fast.evaluate $(foreach run,agg mldg ibn isw pinmem,$(DEMO)/$(run)) --out $(DEMO)/evaluation
+	$(BIN) -m pmm_fast.report $(foreach run,agg mldg ibn isw pinmem,$(DEMO)/$(run)) --out $(DEMO)/report.html
 
 test: install
 	$(BIN) -m pytest $(ARGS)
