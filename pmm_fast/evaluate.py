@@ -7,7 +7,6 @@ python -m pmm_fast.evaluate weights.safetensors --data.root /data --data.unseen 
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from pmm_fast.config import (
     Parser,
     forget_protocol,
     from_dict,
+    refuse_several_processes,
     resolve_protocol,
     run_main,
     validate,
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a checkpoint file")
     parser.own.add_argument("--out", metavar="DIR", help="where to write; default: `evaluation` beside the runs")
     own, options = parser.parse_options(argv)
-    refuse_several_processes()
+    refuse_several_processes(PROG)
     # the names are checked before anything is loaded
     names = run_names(own.runs)
     runs, config = load_runs(names, options)
@@ -104,17 +104,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nwritten to {out}")
     if failures := [each.failure for each in tested if each.failure]:
         raise IncompleteError(f"not tested to the end: {'; '.join(failures)}")
-
-
-def refuse_several_processes() -> None:
-    """Testing is one process.
-
-    Raises:
-        ConfigError: this is one of several that torchrun started.
-    """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1"):
-        raise ConfigError(f"evaluate is one process, but torchrun started {processes}: call it with {PROG}")
 
 
 # --- before the test ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pmm_fast.config import (
     ConfigError,
     Parser,
     from_dict,
+    refuse_several_processes,
     resolve_protocol,
     run_main,
     validate,
@@ -100,9 +101,7 @@ def _parser() -> Parser:
 
 
 def _check(own: argparse.Namespace, config: Config) -> None:
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(f"predict is one process, but torchrun started {processes}: call it with {PROG}")
+    refuse_several_processes(PROG)
     if not own.paths:
         raise ConfigError("command line: expected images, videos, folders or patterns after the checkpoint, got none")
     if not 0 <= own.alpha <= 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from pmm_fast.config import Config, ConfigError, Parser, from_dict, run_main, validate
+from pmm_fast.config import Config, ConfigError, Parser, from_dict, refuse_several_processes, run_main, validate
 from pmm_fast.config.eval_protocols import forget_protocol
 from pmm_fast.config.runs import common_folder, run_names
 
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.own.add_argument("--images", metavar="N", default="2", help="images shown of each domain [2]")
     own, options = parser.parse_options(argv)
+    refuse_several_processes(PROG)
     names, images = run_names(own.runs), _count(own.images)
 
     from pmm_fast.data import open_domain

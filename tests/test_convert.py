@@ -286,3 +286,10 @@ def test_misuse_is_named(small: Segmentor) -> None:
         convert.from_released(state_dict, memory, "deeplabv3_resnet50")
     with pytest.raises(ValueError, match="no counterpart"):
         convert.to_released(build_model("deeplabv3plus_mobilenet_v2", 5, channels=8))
+
+
+def test_a_name_with_and_without_prefix_is_refused() -> None:
+    weights = released_weights({"final2.0.weight": [19, 8, 1, 1], "final2.0.bias": [19]})
+    twice = weights | {"module.final2.0.bias": weights["final2.0.bias"]}
+    with pytest.raises(ValueError, match=r"given twice, with 'module.' and without: final2.0.bias"):
+        convert.from_released(twice)

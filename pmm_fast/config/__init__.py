@@ -4,7 +4,14 @@ command line (``cli``).
 Needs nothing but PyYAML, so that ``--help`` and ``--print-config`` answer at once.
 """
 
-from pmm_fast.config.cli import CHECKPOINT_FILE, Parser, default_out, parse_command_line, run_main
+from pmm_fast.config.cli import (
+    CHECKPOINT_FILE,
+    Parser,
+    default_out,
+    parse_command_line,
+    refuse_several_processes,
+    run_main,
+)
 from pmm_fast.config.eval_protocols import EVAL_PROTOCOLS, EvalProtocol, forget_protocol, resolve_protocol
 from pmm_fast.config.load import (
     ConfigError,
@@ -56,6 +63,7 @@ __all__ = [
     "load_preset",
     "parse_command_line",
     "preset_names",
+    "refuse_several_processes",
     "resolve_protocol",
     "run_main",
     "to_dict",

@@ -273,6 +273,21 @@ def parse_command_line(argv: list[str] | None, prog: str, description: str, defa
     return config
 
 
+def refuse_several_processes(prog: str) -> None:
+    """Refuse to be one of several processes that torchrun started, each of which would do all of the work.
+
+    Args:
+        prog: the program as it is called, ``python -m pmm_fast.evaluate``.
+
+    Raises:
+        ConfigError: torchrun's variables say so.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        name = prog.rpartition(".")[2]
+        raise ConfigError(f"{name} is one process, but torchrun started {processes}: call it with {prog}")
+
+
 def run_main(function: Callable[[list[str]], object], argv: list[str] | None = None) -> NoReturn:
     """Run a program's ``main`` and exit: 0 when it returns, 2 after an error that its user can mend.
 

@@ -1,18 +1,21 @@
-"""Work on many files in several processes, with a progress bar; none of them outlives the program."""
+"""Work on many files: in several processes, with a progress bar; none of them outlives the program.  Or in threads."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import connection, get_all_start_methods, get_context, parent_process
 from typing import TypeVar
 
 from tqdm import tqdm
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # below this many tasks starting processes costs more than it saves
@@ -77,3 +80,15 @@ def _end_with_parent() -> None:
 def _call(task: int) -> object:
     assert _function is not None
     return _function(task)
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item], ahead: int
+) -> Iterator[Result]:
+    """``function`` of every item, in order, ``ahead`` of them at a time in the threads of ``pool``."""
+    rest = iter(items)
+    begun = deque(pool.submit(function, item) for item in islice(rest, ahead))
+    while begun:
+        result = begun.popleft().result()
+        begun.extend(pool.submit(function, item) for item in islice(rest, 1))
+        yield result

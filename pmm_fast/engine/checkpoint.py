@@ -27,6 +27,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from pmm_fast.config import CHECKPOINT_FILE, Config, from_dict, to_dict
+from pmm_fast.data.labels import get_space
 from pmm_fast.models import Segmentor, build_model
 from pmm_fast.models.released import is_released, looks_like
 
@@ -155,6 +156,15 @@ def checked(content: Any, path: str | Path) -> dict[str, Any]:
     """
     found = content.get("format") if isinstance(content, dict) else None
     if found == FORMAT:
+        model = content.get("model")
+        if (
+            "config" not in content
+            or not isinstance(model, dict)
+            or not {"settings", "label_space", "state"} <= set(model)
+        ):
+            raise CheckpointError(
+                f"{path}: damaged: expected the entries model (settings, label_space, state) and config"
+            )
         return content
     if is_released(content):
         target = Path(path).with_suffix(_SAFETENSORS)
@@ -224,10 +234,16 @@ def rebuild(content: dict[str, Any], path: str | Path) -> Segmentor:
         path: where it was read, for the message.
 
     Raises:
-        CheckpointError: weights that do not fit their settings.
+        CheckpointError: settings that this version does not know, or weights that do not fit them.
     """
-    model = build_model(**content["model"]["settings"])
-    model.label_space = content["model"]["label_space"]
+    space = content["model"]["label_space"]
+    try:
+        model = build_model(**content["model"]["settings"])
+        if space is not None:
+            get_space(space)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, or of another version of pmm_fast: {error}") from error
+    model.label_space = space
     load_state(model, content["model"]["state"], path)
     return model.eval()
 

@@ -10,10 +10,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from pmm_fast.config import EvalConfig, resolve_protocol
 from pmm_fast.config.schema import MapillaryTest
 from pmm_fast.data.convert_files import write_whole
+from pmm_fast.data.parallel import in_order
 from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.engine.inference import image_seed, segment
 from pmm_fast.engine.mapillary import mapillary_view
@@ -115,10 +115,11 @@ def evaluate_domain(
     confusion = Confusion(num_classes)
     training, start = model.training, time.perf_counter()
     model.eval()
+    pool = ThreadPoolExecutor(max(1, threads))
     try:
         # a line now and then where stderr is a file
         interval = 0.2 if sys.stderr.isatty() else 10.0
-        samples = _read_ahead(_loader(domain, protocol.mapillary), indices, threads)
+        samples = in_order(pool, _loader(domain, protocol.mapillary), indices, max(1, threads) + 1)
         bar = tqdm(samples, domain.name, len(indices), mininterval=interval, dynamic_ncols=True, disable=not progress)
         for index, (image, labels) in zip(indices, bar, strict=True):
             height, width = labels.shape
@@ -132,6 +133,7 @@ def evaluate_domain(
             if on_prediction is not None:
                 on_prediction(index, image, labels, prediction.cpu().numpy())
     finally:
+        pool.shutdown(cancel_futures=True)
         model.train(training)
     return DomainResult(domain.name, confusion, len(indices), time.perf_counter() - start)
 
@@ -141,17 +143,6 @@ def _loader(domain: Domain, variant: MapillaryTest) -> Callable[[int], tuple[Ima
     if domain.dataset.partition(":")[0] != "mapillary":
         return domain.load
     return lambda index: mapillary_view(*domain.load(index), variant)
-
-
-def _read_ahead(load: Callable[[int], T], indices: Sequence[int], threads: int) -> Iterator[T]:
-    """``load`` of every index, in order, a few at a time in threads: decoding would otherwise hold up a GPU."""
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        waiting = iter(indices)
-        ahead = [pool.submit(load, index) for index in islice(waiting, max(1, threads) + 1)]
-        while ahead:
-            sample = ahead.pop(0).result()
-            ahead += [pool.submit(load, index) for index in islice(waiting, 1)]
-            yield sample
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,12 +17,11 @@ from tqdm import tqdm
 
 from pmm_fast.data.files import DataError
 from pmm_fast.data.inputs import Input, read_upright
+from pmm_fast.data.parallel import in_order
 from pmm_fast.data.videos import VideoReader, VideoWriter
 from pmm_fast.engine.predict import PredictionError, Predictor
 from pmm_fast.engine.predict_record import Record, Wanted, frame_name
 from pmm_fast.viz.predictions import Prediction
-
-T = TypeVar("T")
 
 # decoding an image or drawing and encoding one takes longer than a GPU needs for it
 THREADS = min(8, os.cpu_count() or 1)
@@ -75,7 +73,7 @@ def _predict_images(predictor: Predictor, items: list[Input], wanted: Wanted, re
         _bar(len(items), "images", "image") as bar,
     ):
         try:
-            read = _in_order(readers, _read, items, batch + THREADS)
+            read = in_order(readers, _read, items, batch + THREADS)
             for group in _groups(read, batch, failures, bar):
                 for item, prediction in _predict_group(predictor, group, failures, bar):
                     waiting.append(writers.submit(_save, item, prediction, wanted, record))
@@ -138,18 +136,6 @@ def _predict_group(
 def _save(item: Input, prediction: Prediction, wanted: Wanted, record: Record) -> None:
     prediction.save(wanted.folder, item.name, wanted.kinds, wanted.alpha, wanted.ids)
     record.add(item, prediction.pixels().tolist())
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Input], T], items: Sequence[Input], ahead: int
-) -> Iterator[T]:
-    """``function`` of every item, in order, ``ahead`` of them at a time in the threads of ``pool``."""
-    rest = iter(items)
-    begun = deque(pool.submit(function, item) for item in islice(rest, ahead))
-    while begun:
-        result = begun.popleft().result()
-        begun.extend(pool.submit(function, item) for item in islice(rest, 1))
-        yield result
 
 
 # --- videos -------------------------------------------------------------------------------------------------------

@@ -139,6 +139,6 @@ class MobileNetV2(nn.Module):
                 low_level = x
             elif index == self._taps.aux:
                 aux = x
-            if index in _NORMALISED:
+            if self.whitened_channels and index in _NORMALISED:
                 normalised.append(x)
-        return Stages(low_level, aux, x, tuple(normalised) if self.whitened_channels else ())
+        return Stages(low_level, aux, x, tuple(normalised))

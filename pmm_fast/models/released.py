@@ -339,6 +339,9 @@ def _strip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "give it to from_released_checkpoint"
         )
     names = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    if len(names) < len(state_dict):
+        twice = sorted(name for name in names if name in state_dict and _PREFIX + name in state_dict)
+        raise ValueError(f"from_released: given twice, with {_PREFIX!r} and without: {', '.join(twice)}")
     return {key: value for key, value in names.items() if key not in _LOSS_WEIGHTS}
 
 

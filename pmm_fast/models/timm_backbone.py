@@ -66,7 +66,9 @@ class TimmBackbone(nn.Module):
             self.network = _create(timm, name, output_stride, pretrained=False)
             info: Any = self.network.feature_info
             widths, strides = list(info.channels()), list(info.reduction())
-            self._low_level = _find_quarter(strides, output_stride)
+            # the positions of the three maps among those of timm
+            self._taken = _find_quarter(strides, output_stride), len(strides) - 2, len(strides) - 1
+            self._strides = [strides[tap] for tap in self._taken]
             self._rounds_down = not _rounds_up(self.network, widths, strides, output_stride)
             _use_own_layers(self.network)
         # a network of timm that cannot do something says so in its own way
@@ -77,19 +79,21 @@ class TimmBackbone(nn.Module):
                 f"backbone {PREFIX}{name}: no maps [N, C, h, w] at a quarter of the image and at output stride "
                 f"{output_stride} ({reason}){hint}"
             ) from error
-        self.low_level_channels = widths[self._low_level]
-        self.aux_channels, self.channels = widths[-2:]
+        self.low_level_channels, self.aux_channels, self.channels = (widths[tap] for tap in self._taken)
 
     def forward(self, images: Tensor) -> Stages:
         """``[N, 3, H, W]`` to the three maps, whose sizes round up."""
         height, width = images.shape[2:]
         if self._rounds_down:
             images = F.pad(images, (0, -width % self.output_stride, 0, -height % self.output_stride))
-        maps = self.network(images)
-        low_level = maps[self._low_level]
-        if self._rounds_down:
-            low_level = low_level[:, :, : -(-height // _QUARTER), : -(-width // _QUARTER)]
-        return Stages(low_level, maps[-2], maps[-1])
+        found = self.network(images)
+        # what is more than the image rounded up comes from the padding
+        return Stages(
+            *(
+                found[tap][:, :, : -(-height // stride), : -(-width // stride)]
+                for tap, stride in zip(self._taken, self._strides, strict=True)
+            )
+        )
 
     def pretrained_weights(self) -> tuple[dict[str, Tensor], str]:
         """The ImageNet weights that timm has of this network, by the names here, and a line about them.

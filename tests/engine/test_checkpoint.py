@@ -9,7 +9,7 @@ import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -288,3 +288,24 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_unknown_public_name() -> None:
     with pytest.raises(AttributeError, match="module 'pmm_fast' has no attribute 'lode'"):
         _ = pmm_fast.lode
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda content: content.pop("model"), "damaged: expected the entries model (settings, label_space, state)"),
+        (lambda content: content.pop("config"), "damaged: expected the entries model"),
+        (lambda content: content["model"].pop("state"), "damaged: expected the entries model"),
+        (
+            lambda content: content["model"]["settings"].update(wings=2),
+            "another version of pmm_fast: build_model() got",
+        ),
+        (lambda content: content["model"]["settings"].update(architecture="deeplabv9"), "unknown architecture"),
+        (lambda content: content["model"].update(label_space="cityscapes20"), "label space 'cityscapes20'"),
+    ],
+)
+def test_what_another_version_wrote_is_refused(tmp_path: Path, change: Callable[[dict], object], expected: str) -> None:
+    content = checkpoint.content_of(make_model())
+    change(content)
+    torch.save(content, tmp_path / "model.pt")
+    assert expected in refused(tmp_path / "model.pt")

@@ -186,7 +186,9 @@ def test_shapes_at_odd_sizes(timm: types.ModuleType, name: str, head: str, strid
     assert out.feature.shape == (2, 8, *coarse) and out.logits.shape == (2, 5, 65, 83)
     backbone = model.encoder.backbone
     assert stages.low_level.shape == (2, backbone.low_level_channels, 17, 21)
-    assert stages.aux.shape[:2] == (2, backbone.aux_channels)
+    # at its own stride, of the image and not of the padding
+    aux_stride = backbone.network.feature_info.reduction()[-2]
+    assert stages.aux.shape == (2, backbone.aux_channels, -(-65 // aux_stride), -(-83 // aux_stride))
     assert stages.last.shape == (2, backbone.channels, *coarse)
     assert (backbone.low_level_channels, backbone.aux_channels, backbone.channels) == WIDTHS[1:]
 
