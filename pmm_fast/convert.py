@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
         help="of a released one; default: recognised by its names, which do not tell a MobileNetV2 with isw from one "
         "with none",
     )
+    parser.own.add_argument(
+        "--label-space", metavar="NAME", help="of a network that does not say what its classes are; 19 are cityscapes19"
+    )
     parser.own.add_argument("--force", action="store_true", help="overwrite OUT")
     own, _ = parser.parse_options(argv)
     source, target = Path(own.source).expanduser(), Path(own.target).expanduser()
@@ -116,7 +119,8 @@ def convert(source: Path, target: Path, options: argparse.Namespace) -> Conversi
     Args:
         source: file or run folder.
         target: its suffix says into what.
-        options: ``architecture``, ``output_stride`` and ``instance_norm`` of a released checkpoint, or None.
+        options: ``architecture``, ``output_stride`` and ``instance_norm`` of a released checkpoint, and
+            ``label_space``, or None.
 
     Raises:
         CheckpointError: ``source`` is no checkpoint, or one that does not fit.
@@ -145,6 +149,7 @@ def _from_released(content: Any, source: Path, target: Path, options: argparse.N
     model, left_out = from_released_checkpoint(
         content, options.architecture, output_stride=options.output_stride, instance_norm=options.instance_norm
     )
+    _name_classes(model, options.label_space)
     return Conversion("a checkpoint of the released code", model, checkpoint.content_of(model), left_out)
 
 
@@ -157,6 +162,9 @@ def _from_ours(content: dict[str, Any], source: Path, target: Path, options: arg
             f"--architecture, --output-stride and --instance-norm are for released checkpoints; {source} says its own"
         )
     model = checkpoint.rebuild(content, source)
+    if options.label_space:
+        _name_classes(model, options.label_space)
+        content["model"]["label_space"] = model.label_space
     left_out = ["the state of the training"] if "training" in content else []
     if target.suffix in OURS:
         new = {key: value for key, value in content.items() if key != "training"}
@@ -167,15 +175,35 @@ def _from_ours(content: dict[str, Any], source: Path, target: Path, options: arg
     return Conversion("a checkpoint of pmm_fast", model, new, left_out + not_in_released(model))
 
 
+def _name_classes(model: Segmentor, name: str | None) -> None:
+    """Let a network without a label space have the one of that name.
+
+    Raises:
+        ConfigError: it has another, or another number of classes than that space.
+    """
+    from pmm_fast.data.labels import get_space
+
+    if name is None:
+        return
+    if model.label_space not in (None, name):
+        raise ConfigError(f"--label-space: {name!r}, but the network was trained for {model.label_space}")
+    if get_space(name).num_classes != model.num_classes:
+        raise ConfigError(
+            f"--label-space: {name} has {get_space(name).num_classes} classes, the network {model.num_classes}"
+        )
+    model.label_space = name
+
+
 def describe(model: Segmentor) -> list[str]:
     """Lines about a network: architecture, classes, size, memory."""
     settings = model.settings
     memory = "none" if model.memory is None else "{} x {}".format(*model.memory.slots.shape)
     norm = settings["instance_norm"]
+    space = model.label_space or "no label space; --label-space NAME says which they are"
     return [
         f"architecture: {model.architecture}, output stride {settings['output_stride']}"
         + ("" if norm == "none" else f", instance norm {norm}"),
-        f"classes: {model.num_classes}" + (f" ({model.label_space})" if model.label_space else ""),
+        f"classes: {model.num_classes} ({space})",
         f"parameters: {sum(parameter.numel() for parameter in model.parameters()):,}",
         f"memory: {memory}",
     ]

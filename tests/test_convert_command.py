@@ -243,3 +243,49 @@ def test_an_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tm
 def test_other_names_of_the_module_are_refused() -> None:
     with pytest.raises(AttributeError, match="no attribute 'from_relased'"):
         _ = convert.from_relased
+
+
+def altered(content: Content, **entries: object) -> Content:
+    """The checkpoint with other entries in its ``state_dict``; None takes one away."""
+    changed = content["state_dict"] | {f"module.{name.replace('__', '.')}": value for name, value in entries.items()}
+    return content | {"state_dict": {name: value for name, value in changed.items() if value is not None}}
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        # the odd one out is named, not all the others
+        ({"final2__0__weight": torch.zeros(19, 100, 1, 1)}, "of another shape: final2.0.weight (19, 100, 1, 1), exp"),
+        ({"final2__0__weight": torch.zeros(18, 256, 1, 1)}, "of another shape: final2.0.weight (18, 256, 1, 1), exp"),
+        ({"final2__0__weight": None}, "missing: final2.0.weight"),
+        (
+            {"final2__0__weight": None, "final3__0__weight": torch.zeros(1)},
+            "missing: final2.0.weight\n  unexpected: fin",
+        ),
+        ({"final2__0__weight": "text"}, "expected tensors, got module.final2.0.weight (a str)"),
+        ({"final2__0__weight": torch.full((19, 256, 1, 1), torch.nan)}, "not finite in final2.0.weight"),
+    ],
+)
+def test_a_wrong_parameter_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shuffle: Any, entries: dict[str, Any], expected: str
+) -> None:
+    torch.save(altered(shuffle[1], **entries), tmp_path / "wrong.pth")
+    with pytest.raises(SystemExit):
+        run_main(convert.main, [str(tmp_path / "wrong.pth"), str(tmp_path / "out.safetensors")])
+    told = capsys.readouterr().err
+    assert expected in told and told.count("final1") == 0
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_classes_get_their_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = build_model("deeplabv3plus_mobilenet_v2", 16, channels=8)
+    pmm_fast.save(model, tmp_path / "unnamed.pt")
+    out = tmp_path / "named.safetensors"
+    assert "classes: 16 (synthia16)" in run(capsys, tmp_path / "unnamed.pt", out, "--label-space", "synthia16")
+    assert pmm_fast.load(out).label_space == "synthia16"
+    assert "cityscapes19 has 19 classes, the network 16" in refused(
+        capsys, tmp_path / "unnamed.pt", tmp_path / "b.pt", "--label-space", "cityscapes19"
+    )
+    assert "but the network was trained for synthia16" in refused(
+        capsys, out, tmp_path / "b.pt", "--label-space", "camvid11"
+    )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import nn
 from pmm_fast.config import CHECKPOINT_FILE, Config, from_dict, to_dict
 from pmm_fast.data.labels import get_space
 from pmm_fast.models import Segmentor, build_model
-from pmm_fast.models.released import is_released, looks_like
+from pmm_fast.models.released import check_finite, is_released, looks_like
 
 FORMAT = "pmm_fast/1"
 FILE_NAME = CHECKPOINT_FILE
@@ -123,7 +124,9 @@ def unpack(path: str | Path) -> Any:
     """
     path = file_of(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        below = sorted(run.parent.name for run in path.parent.glob(f"*/{FILE_NAME}")) if path.name == FILE_NAME else []
+        hint = f"; there are in its folders {', '.join(below)}" if below else ""
+        raise CheckpointError(f"{path}: no such checkpoint{hint}")
     head = b""
     try:
         with path.open("rb") as file:
@@ -139,6 +142,11 @@ def unpack(path: str | Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read, perhaps damaged or cut off ({error.strerror})") from error
     except Exception as error:
         # readers raise whatever they meet, torch's with advice to execute what is in the file
+        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path}: holds a Python object, {refused[1]}, and is not read, for that could execute what is in it; "
+                "save it again with tensors and plain values alone"
+            ) from error
         kind = next((kind for start, kind in _SIGNATURES.items() if head.startswith(start)), "")
         hint = " (the file is empty)" if not head else f" (it looks like {kind})" if kind else ""
         raise CheckpointError(f"{path}: no checkpoint, or damaged or cut off{hint}") from error
@@ -234,17 +242,22 @@ def rebuild(content: dict[str, Any], path: str | Path) -> Segmentor:
         path: where it was read, for the message.
 
     Raises:
-        CheckpointError: settings that this version does not know, or weights that do not fit them.
+        CheckpointError: settings that this version does not know, classes that are not those of the label space, or
+            weights that do not fit or are not finite.
     """
     space = content["model"]["label_space"]
     try:
         model = build_model(**content["model"]["settings"])
-        if space is not None:
-            get_space(space)
+        if space is not None and get_space(space).num_classes != model.num_classes:
+            raise ValueError(f"{model.num_classes} classes, but {space} has {get_space(space).num_classes}")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, or of another version of pmm_fast: {error}") from error
     model.label_space = space
     load_state(model, content["model"]["state"], path)
+    try:
+        check_finite(model.state_dict())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return model.eval()
 
 

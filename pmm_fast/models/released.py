@@ -6,6 +6,7 @@ A released checkpoint is ``{"state_dict": ..., "memory": ..., ...}``; every key 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -98,25 +99,24 @@ def from_released(
         The network, on the CPU, in evaluation mode; its label space is ``cityscapes19`` where it has 19 classes.
 
     Raises:
-        ValueError: a parameter that is missing, unexpected or of another shape (all are listed), a memory net without
-            its memory or the reverse, or an architecture that is not recognised or has no released names.
+        ValueError: a parameter that is missing, unexpected or of another shape (all are listed), one that is not
+            finite, a memory net without its memory or the reverse, or an architecture that is not recognised or has no
+            released names.
 
     Note:
         The class weights of a loss (``criterion.weight``, ``criterion_aux.weight``) are left out.
     """
     released = _strip(state_dict)
     _check_memory(released, memory)
-    classifier = released.get("final2.0.weight")
-    if classifier is None or classifier.dim() != 4:
-        raise ValueError("from_released: no final2.0.weight of shape [K, C, 1, 1]: not a released DeepLab")
+    num_classes, channels = _sizes(released, memory)
     architecture = architecture or recognise(released)
     prefixes = _prefixes(architecture)
     # no storage and no random numbers for weights that are replaced at once
     with torch.device("meta"):
         model = build_model(
             architecture,
-            classifier.shape[0],
-            channels=classifier.shape[1],
+            num_classes,
+            channels=channels,
             output_stride=output_stride or released_output_stride(architecture),
             memory=memory is not None,
             instance_norm=instance_norm or _recognise_instance_norm(architecture, released),
@@ -125,6 +125,7 @@ def from_released(
     given = dict(released) if memory is None else {**released, "memory": memory}
     if mismatch := describe_mismatch(given, {name: tensor for name, (_, tensor) in wanted.items()}):
         raise ValueError(f"from_released: the checkpoint is no {architecture}:\n{mismatch}")
+    check_finite(given)
     ours = {key: given[name].detach().to("cpu", tensor.dtype, copy=True) for name, (key, tensor) in wanted.items()}
     # the released code keeps no masks either: what is to be whitened is selected anew
     ours |= {key: torch.zeros_like(x, device="cpu") for key, x in model.state_dict().items() if key.startswith(_MASKS)}
@@ -297,6 +298,31 @@ def looks_like(content: object) -> str:
     return f"weights of another network ({first})"
 
 
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse weights with a NaN or an infinity, of which a network makes NaN everywhere.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if wrong := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise ValueError(f"values that are not finite in {', '.join(wrong)}")
+
+
+def _sizes(released: Mapping[str, Tensor], memory: Tensor | None) -> tuple[int, int]:
+    """Classes and channels, each as most of the tensors have it that show it, so that the odd one out is named."""
+    tensors = dict(released) if memory is None else {**released, "memory": memory}
+
+    def most(*shown: tuple[str, int]) -> int:
+        found = [tensors[name].shape[axis] for name, axis in shown if name in tensors and tensors[name].dim() > axis]
+        if not found:
+            names = ", ".join(name for name, _ in shown)
+            raise ValueError(f"from_released: none of {names}: not a released DeepLab")
+        return Counter(found).most_common(1)[0][0]
+
+    classes = most(("final2.0.weight", 0), ("final2.0.bias", 0), ("dsn.4.weight", 0), ("memory", 0))
+    return classes, most(("final2.0.weight", 1), ("final1.0.weight", 0), ("final1.1.weight", 0), ("memory", 1))
+
+
 def _check_memory(released: Mapping[str, Tensor], memory: Tensor | None) -> None:
     has_memory = any(key.startswith("memory.") for key in released)
     if has_memory and memory is None:
@@ -306,10 +332,11 @@ def _check_memory(released: Mapping[str, Tensor], memory: Tensor | None) -> None
 
 
 def _has_released_names(state_dict: object) -> bool:
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, Mapping):
         return False
     names = {str(key).removeprefix(_PREFIX) for key in state_dict}
-    return "final2.0.weight" in names and any(name.startswith("layer0.") for name in names)
+    # not a certain one: what is missing is to be told
+    return all(any(name.startswith(part) for name in names) for part in ("layer0.", "layer4.", "aspp."))
 
 
 def _summary(value: object) -> str:
@@ -338,6 +365,8 @@ def _strip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "from_released: this is a whole checkpoint; pass checkpoint['state_dict'] and checkpoint.get('memory'), or "
             "give it to from_released_checkpoint"
         )
+    if others := [f"{key} ({_summary(value)})" for key, value in state_dict.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"from_released: expected tensors, got {', '.join(others)}")
     names = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
     if len(names) < len(state_dict):
         twice = sorted(name for name in names if name in state_dict and _PREFIX + name in state_dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import textwrap
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,7 +172,7 @@ def _summary(loaded: object) -> str:
 
 
 def describe_mismatch(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Every name that stands on one side only or has another shape there, a line a kind; empty where all fit."""
+    """Every name that stands on one side only or has another shape there, by kind; empty where all fit."""
     problems = {
         "missing": [name for name in wanted if name not in given],
         "unexpected": [name for name in given if name not in wanted],
@@ -181,7 +182,18 @@ def describe_mismatch(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
             if name in given and given[name].shape != tensor.shape
         ],
     }
-    return "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    return "\n".join(
+        textwrap.fill(
+            f"{kind}: {', '.join(names)}",
+            width=116,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for kind, names in problems.items()
+        if names
+    )
 
 
 def _copy(backbone: torch.nn.Module, weights: Mapping[str, Tensor], extras: tuple[str, ...], path: object) -> None:

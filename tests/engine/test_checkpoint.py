@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -302,6 +303,8 @@ def test_unknown_public_name() -> None:
         ),
         (lambda content: content["model"]["settings"].update(architecture="deeplabv9"), "unknown architecture"),
         (lambda content: content["model"].update(label_space="cityscapes20"), "label space 'cityscapes20'"),
+        (lambda content: content["model"].update(label_space="camvid11"), "7 classes, but camvid11 has 11"),
+        (lambda content: content["model"]["state"]["memory.slots"].fill_(torch.inf), "not finite in memory.slots"),
     ],
 )
 def test_what_another_version_wrote_is_refused(tmp_path: Path, change: Callable[[dict], object], expected: str) -> None:
@@ -309,3 +312,14 @@ def test_what_another_version_wrote_is_refused(tmp_path: Path, change: Callable[
     change(content)
     torch.save(content, tmp_path / "model.pt")
     assert expected in refused(tmp_path / "model.pt")
+
+
+def test_a_python_object_is_told_from_damage(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "model.pth")
+    assert "holds a Python object, argparse.Namespace, and is not read" in refused(tmp_path / "model.pth")
+
+
+def test_the_folder_of_runs_names_them(tmp_path: Path) -> None:
+    pmm_fast.save(make_model(), tmp_path / "agg" / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"no such checkpoint; there are in its folders agg$"):
+        pmm_fast.load(tmp_path)
