@@ -3,7 +3,7 @@
 A program has neighbouring pixels of a row.  It adds up the tiles that cover them, a block of classes at a time, and
 keeps the best class so far and the sum of a softmax relative to it; nothing else is stored.
 
-Letters: V views, T tiles, K classes, h x w logits, H x W pixels; else see _common.py.
+Letters: T tiles, K classes, h x w logits, H x W pixels; else see _common.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ _MOST_BLOCK_K = 16
 
 
 class Tiles(NamedTuple):
-    """Logits ``[V, T, K, h, w]`` with their strides."""
+    """Logits ``[T, K, h, w]`` with their strides."""
 
     data: Tensor
-    v: int
     t: int
     k: int
     y: int
@@ -32,13 +31,12 @@ class Tiles(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Sampling down and across a tile, its size, the width of the logits and the size of the image."""
+    """Sampling down and across a tile, its size and the size of the image."""
 
     rows: Axis
     columns: Axis
     tile_height: int
     tile_width: int
-    width: int
     image_height: int
     image_width: int
 
@@ -52,9 +50,7 @@ def _row(p_row, x, o_low, o_high, b_right, mask, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _average(
-    logits, places, geometry, i_y, o_x, o_k, T, V: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
+def _average(logits, places, geometry, i_y, o_x, o_k, T, K: tl.constexpr, COMPUTE: tl.constexpr):
     """[BLOCK_K, BLOCK_X] of the average at pixels of a row."""
     b_sum, b_count = tl.zeros([o_k.shape[0], o_x.shape[0]], COMPUTE), tl.zeros([o_x.shape[0]], COMPUTE)
     p_tile = logits.data + o_k.to(tl.int64)[:, None] * logits.k
@@ -66,16 +62,12 @@ def _average(
             mask = (o_k < K)[:, None] & m_x[None, :]
             o_upper, o_lower, b_down = taps(geometry.rows, o_down, COMPUTE)
             o_low, o_high, b_right = taps(geometry.columns, o_across, COMPUTE)
-            for i_v in tl.static_range(V):
-                # a mirrored tile has its taps at the mirrored columns
-                o_left = o_low if i_v == 0 else geometry.width - 1 - o_low
-                o_right = o_high if i_v == 0 else geometry.width - 1 - o_high
-                p_upper = p_tile + i_v * logits.v + o_upper.to(tl.int64) * logits.y
-                p_lower = p_tile + i_v * logits.v + o_lower.to(tl.int64) * logits.y
-                b_upper = _row(p_upper, logits.x, o_left, o_right, b_right, mask, COMPUTE)
-                b_lower = _row(p_lower, logits.x, o_left, o_right, b_right, mask, COMPUTE)
-                b_sum += b_upper + b_down * (b_lower - b_upper)
-            b_count += tl.where(m_x, V, 0)
+            p_upper = p_tile + o_upper.to(tl.int64) * logits.y
+            p_lower = p_tile + o_lower.to(tl.int64) * logits.y
+            b_upper = _row(p_upper, logits.x, o_low, o_high, b_right, mask, COMPUTE)
+            b_lower = _row(p_lower, logits.x, o_low, o_high, b_right, mask, COMPUTE)
+            b_sum += b_upper + b_down * (b_lower - b_upper)
+            b_count += tl.where(m_x, 1, 0)
         p_tile += logits.t
     # pixels beyond the image have no tile
     return b_sum / tl.maximum(b_count, 1.0)[None, :]
@@ -95,7 +87,7 @@ def _best_of(b_z, o_k):
 @triton.jit
 def merge_kernel(
     logits, places, average, classes, confidence, geometry, T,
-    V: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
+    K: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """The average of a row's pixels, or their classes and, unless it is None, the confidence."""
     i_y, o_x = tl.program_id(0), tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -105,7 +97,7 @@ def merge_kernel(
     b_total = tl.zeros([BLOCK_X], COMPUTE)
     for i_k in range(0, K, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
-        b_z = _average(logits, places, geometry, i_y, o_x, o_k, T, V, K, COMPUTE)
+        b_z = _average(logits, places, geometry, i_y, o_x, o_k, T, K, COMPUTE)
         if average is not None:
             # step by step: a size of 1 is a constant that has no type
             o_class = o_k.to(tl.int64) * geometry.image_height * geometry.image_width
@@ -135,13 +127,12 @@ def forward(
     confidence: Tensor,
 ) -> None:
     """Write those of the results that have elements; ``places [2, T]`` are tops and lefts."""
-    views, tiles, count, height, width = logits.shape
-    geometry = Geometry(aligned_axis(height, tile[0]), aligned_axis(width, tile[1]), *tile, width, *size)
+    tiles, count, height, width = logits.shape
+    geometry = Geometry(aligned_axis(height, tile[0]), aligned_axis(width, tile[1]), *tile, *size)
     results = [out if out.numel() else None for out in (average, classes, confidence)]
     block_k = min(_MOST_BLOCK_K, triton.next_power_of_2(count))
     merge_kernel[size[0], triton.cdiv(size[1], _BLOCK_X)](
         *(Tiles(logits, *logits.stride()), places, *results, geometry, tiles),
-        V=views,
         K=count,
         COMPUTE=triton_dtype(logits.dtype),
         BLOCK_K=block_k,

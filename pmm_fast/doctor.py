@@ -177,7 +177,7 @@ def _merge_error(backend: str, device: Any) -> float:
 
     from pmm_fast import ops
 
-    logits = torch.randn(2, 4, 19, 6, 7, generator=torch.Generator().manual_seed(0)).to(device)
+    logits = torch.randn(4, 19, 6, 7, generator=torch.Generator().manual_seed(0)).to(device)
     places = [0, 0, 11, 11], [0, 13, 0, 13], (17, 23), (28, 36)
     with ops.use_backend("reference"):
         expected = ops.merge_tiles(logits.double(), *places).double()

@@ -85,7 +85,7 @@ struct MergeArgs {
   int64_t batch = 0, classes = 0, height = 0, width = 0;  // T, and of the logits
   int64_t tile_height = 0, tile_width = 0, image_height = 0, image_width = 0;
   int threads = 1;
-  Map logits, mirrored;  // a view each, [T, K, h, w]; the second is optional
+  Map logits;  // [T, K, h, w]
   const int64_t *tops = nullptr, *lefts = nullptr;
   // results: the average [K, H, W], or else classes and, optional, confidence [H, W]; contiguous
   float* average = nullptr;

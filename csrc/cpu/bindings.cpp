@@ -176,7 +176,7 @@ MergeArgs merge_args(const py::kwargs& given) {
   f.number("height", a.height), f.number("width", a.width);
   f.number("tile_height", a.tile_height), f.number("tile_width", a.tile_width);
   f.number("image_height", a.image_height), f.number("image_width", a.image_width), f.number("threads", a.threads);
-  f.map("logits", a.logits), f.map("mirrored", a.mirrored), f.address("tops", a.tops), f.address("lefts", a.lefts);
+  f.map("logits", a.logits), f.address("tops", a.tops), f.address("lefts", a.lefts);
   f.address("average", a.average), f.address("labels", a.labels), f.address("confidence", a.confidence);
   f.address("workspace", a.workspace);
   f.finish();

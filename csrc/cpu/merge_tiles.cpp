@@ -1,10 +1,9 @@
 // Logits of overlapping tiles to one map or straight to classes: docs/ops/merge_tiles.md.
 //
 // A row of the image is made at a time.  The logits of each tile that covers it are interpolated down their columns
-// first, at the source's width; mirrored views are added there, since a mirrored tile has its taps at the mirrored
-// columns.  Then the row is cut at the edges of its tiles, so that all pixels of a piece have the same tiles, and walked
-// in blocks of pixels: the few source columns that a vector of pixels lies between are one load, and a permutation takes
-// each pixel's own.  A block's averages stay in the first-level cache.
+// first, at the source's width.  Then the row is cut at the edges of its tiles, so that all pixels of a piece have the
+// same tiles, and walked in blocks of pixels: the few source columns that a vector of pixels lies between are one load,
+// and a permutation takes each pixel's own.  A block's averages stay in the first-level cache.
 #include <algorithm>
 
 #include "entry.h"
@@ -142,34 +141,25 @@ class Merge {
     }
   }
 
-  // a tile's row between two rows of logits, both views added up, its last value repeated
+  // a tile's row between two rows of logits, its last value repeated
   void load_row(int64_t tile, int64_t k, int64_t y, R* out) const {
-    add_view<false>(a.logits, 0, a.logits.strides[3], tile, k, y, out);
-    if (a.mirrored) add_view<true>(a.mirrored, a.width - 1, -a.mirrored.strides[3], tile, k, y, out);
+    const int64_t* strides = a.logits.strides;
+    const T* from = static_cast<const T*>(a.logits.data) + tile * strides[0] + k * strides[1];
+    const int64_t low = down.low[y], high = std::min(low + 1, a.height - 1);
+    const T *above = from + low * strides[2], *below = from + high * strides[2];
+    // a step that the compiler knows makes vectors of the loop
+    if (strides[3] == 1)
+      blend(above, below, std::integral_constant<int64_t, 1>{}, down.weight[y], out);
+    else
+      blend(above, below, strides[3], down.weight[y], out);
     std::fill(out + a.width, out + row_size, out[a.width - 1]);
   }
 
-  template <bool kMore>
-  void add_view(const Map& view, int64_t first, int64_t step, int64_t tile, int64_t k, int64_t y, R* out) const {
-    const T* from = static_cast<const T*>(view.data) + tile * view.strides[0] + k * view.strides[1];
-    from += first * view.strides[3];
-    const int64_t low = down.low[y], high = std::min(low + 1, a.height - 1);
-    const T *above = from + low * view.strides[2], *below = from + high * view.strides[2];
-    // a step that the compiler knows makes vectors of the loop
-    if (step == 1)
-      blend<kMore>(above, below, std::integral_constant<int64_t, 1>{}, down.weight[y], out);
-    else if (step == -1)
-      blend<kMore>(above, below, std::integral_constant<int64_t, -1>{}, down.weight[y], out);
-    else
-      blend<kMore>(above, below, step, down.weight[y], out);
-  }
-
-  template <bool kMore, class Step>
+  template <class Step>
   void blend(const T* above, const T* below, Step step, R weight, R* out) const {
     for (int64_t x = 0; x < a.width; ++x) {
       const R upper = to_real(above[x * step]), lower = to_real(below[x * step]);
-      const R value = upper + weight * (lower - upper);
-      out[x] = kMore ? out[x] + value : value;
+      out[x] = upper + weight * (lower - upper);
     }
   }
 
@@ -180,7 +170,7 @@ class Merge {
     near ? add_tile<false, true>(s.covering[0], x, s.z) : add_tile<false, false>(s.covering[0], x, s.z);
     for (int64_t n = 1; n < depth; ++n)
       near ? add_tile<true, true>(s.covering[n], x, s.z) : add_tile<true, false>(s.covering[n], x, s.z);
-    const R share = R(1) / R(depth * (a.mirrored ? 2 : 1));
+    const R share = R(1) / R(depth);
     const int64_t pixel = y * a.image_width + x;
     if (a.average)
       store_average(share, s.z, count, a.average + pixel);

@@ -150,8 +150,7 @@ void bind_merge(py::module_& module) {
     call.def_property(
         "type", [](const Merge&) { return py::none(); },
         [](Merge& merge, int type) { merge.type = static_cast<pmm::Type>(type); });
-    call.def_readwrite("views", &Merge::views).def_readwrite("tiles", &Merge::tiles);
-    call.def_readwrite("classes", &Merge::classes);
+    call.def_readwrite("tiles", &Merge::tiles).def_readwrite("classes", &Merge::classes);
     call.def_readwrite("height", &Merge::height).def_readwrite("width", &Merge::width);
     call.def_readwrite("tile_height", &Merge::tile_height).def_readwrite("tile_width", &Merge::tile_width);
     call.def_readwrite("image_height", &Merge::image_height).def_readwrite("image_width", &Merge::image_width);

@@ -4,7 +4,7 @@
 // that reach into its patch of pixels once; a thread adds up those that cover its pixel, some classes at a time, in
 // registers, and keeps the best class so far and the sum of a softmax relative to it.  Nothing else is stored.
 //
-// V views, T tiles, K classes, h x w logits, H x W pixels.
+// T tiles, K classes, h x w logits, H x W pixels.
 #include "labels.cuh"
 
 namespace pmm {
@@ -49,19 +49,16 @@ __device__ int list_tiles(const Merge& call, int top, int left, int* list, int* 
     return *count;
 }
 
-// sums[j] += class k + j of a view of a tile at a pixel
+// sums[j] += class k + j of a tile at a pixel
 template <class S, class T>
-__device__ void add_view(const Merge& call, int view, int tile, int k, const Tap<T>& row, const Tap<T>& column,
+__device__ void add_tile(const Merge& call, int tile, int k, const Tap<T>& row, const Tap<T>& column,
                          T (&sums)[kTogether]) {
     const std::int64_t* strides = call.strides;
-    const S* from = static_cast<const S*>(call.logits) + view * strides[0] + tile * strides[1] + k * strides[2];
-    // a mirrored tile has its taps at the mirrored columns
-    const int left = view ? call.width - 1 - column.lower : column.lower;
-    const int right = view ? call.width - 1 - column.upper : column.upper;
-    const S *upper = from + row.lower * strides[3], *lower = from + row.upper * strides[3];
-    const std::int64_t near = left * strides[4], far = right * strides[4];
+    const S* from = static_cast<const S*>(call.logits) + tile * strides[0] + k * strides[1];
+    const S *upper = from + row.lower * strides[2], *lower = from + row.upper * strides[2];
+    const std::int64_t near = column.lower * strides[3], far = column.upper * strides[3];
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j, upper += strides[2], lower += strides[2]) {
+    for (int j = 0; j < kTogether; ++j, upper += strides[1], lower += strides[1]) {
         if (k + j >= call.classes) continue;
         const T above_left = to_float(upper[near]), above_right = to_float(upper[far]);
         const T below_left = to_float(lower[near]), below_right = to_float(lower[far]);
@@ -83,8 +80,8 @@ __device__ void average(const Merge& call, const int* list, int count, int y, in
         if (down < 0 || down >= call.tile_height || across < 0 || across >= call.tile_width) continue;
         const Tap<T> row = aligned_tap<T>(down, call.tile_height, call.height);
         const Tap<T> column = aligned_tap<T>(across, call.tile_width, call.width);
-        for (int view = 0; view < call.views; ++view) add_view<S, T>(call, view, tile, k, row, column, sums);
-        covering += call.views;
+        add_tile<S, T>(call, tile, k, row, column, sums);
+        ++covering;
     }
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) sums[j] /= T(covering);
@@ -144,10 +141,9 @@ cudaError_t launch_merge(const Merge& call) {
 }  // namespace
 
 void merge_tiles(const Merge& call) {
-    const std::string what = "merge_tiles of [" + std::to_string(call.views) + ", " + std::to_string(call.tiles) +
-                             ", " + std::to_string(call.classes) + ", " + std::to_string(call.height) + ", " +
-                             std::to_string(call.width) + "] to [" + std::to_string(call.image_height) + ", " +
-                             std::to_string(call.image_width) + "]";
+    const std::string what = "merge_tiles of [" + std::to_string(call.tiles) + ", " + std::to_string(call.classes) +
+                             ", " + std::to_string(call.height) + ", " + std::to_string(call.width) + "] to [" +
+                             std::to_string(call.image_height) + ", " + std::to_string(call.image_width) + "]";
     if (call.type == Type::float32)
         check(launch_merge<float>(call), what);
     else if (call.type == Type::bfloat16)

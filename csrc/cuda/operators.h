@@ -140,11 +140,10 @@ std::int64_t photometric_workspace(const Photometric& call);
 // throws std::runtime_error with operator and shape when a launch fails
 void photometric(const Photometric& call);
 
-// One call of merge_tiles; logits [V, T, K, h, w] with strides in elements.  Results are contiguous: the average
-// [K, H, W], or else classes and, if wanted, confidence [H, W].
+// One call of merge_tiles; logits [T, K, h, w] with strides in elements.  Results are contiguous: the average [K, H, W],
+// or else classes and, if wanted, confidence [H, W].
 struct Merge {
     Type type = Type::float32;
-    int views = 0;
     int tiles = 0;
     int classes = 0;
     int height = 0;
@@ -154,7 +153,7 @@ struct Merge {
     int image_height = 0;
     int image_width = 0;
     const void* logits = nullptr;
-    std::int64_t strides[5] = {0, 0, 0, 0, 0};
+    std::int64_t strides[4] = {0, 0, 0, 0};
     const std::int64_t* tops = nullptr;
     const std::int64_t* lefts = nullptr;
     float* average = nullptr;

@@ -121,17 +121,14 @@ def check_tiles(
     tile: tuple[int, int],
     size: tuple[int, int],
 ) -> None:
-    """Logits ``[V, T, K, h, w]`` of T tiles that lie inside an image and cover it."""
-    if logits.dim() != 5 or logits.shape[0] not in (1, 2) or logits.numel() == 0:
-        raise ValueError(
-            f"{operator}: logits must be [V, T, K, h, w] with V = 1, or 2 with the mirrored view, and not empty, "
-            f"got shape {tuple(logits.shape)}"
-        )
+    """Logits ``[T, K, h, w]`` of T tiles that lie inside an image and cover it."""
+    if logits.dim() != 4 or logits.numel() == 0:
+        raise ValueError(f"{operator}: logits must be [T, K, h, w] and not empty, got shape {tuple(logits.shape)}")
     if logits.dtype not in _FLOATS:
         raise ValueError(f"{operator}: logits must be floating point, got {logits.dtype}")
     for name, given in (("tops", tops), ("lefts", lefts)):
-        if len(given) != logits.shape[1]:
-            raise ValueError(f"{operator}: {name} must be T = {logits.shape[1]} numbers, got {len(given)}")
+        if len(given) != len(logits):
+            raise ValueError(f"{operator}: {name} must be T = {len(logits)} numbers, got {len(given)}")
     (tile_height, tile_width), (height, width) = tile, size
     if not (0 < tile_height <= height and 0 < tile_width <= width):
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Logits of overlapping tiles to one map, or straight to classes: upsampling, mirroring back, averaging, argmax.
+"""Logits of overlapping tiles to one map, or straight to classes: upsampling, averaging, argmax.
 
-V views, T tiles of th x tw pixels, K classes, h x w logits a tile, H x W pixels of the image.
+T tiles of th x tw pixels, K classes, h x w logits a tile, H x W pixels of the image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from pmm_fast.ops import reference
 from pmm_fast.ops.backends import dispatch, register, register_kernels
 from pmm_fast.ops.chain import kernels
-from pmm_fast.ops.checks import check_tiles, no_autocast
+from pmm_fast.ops.checks import check_tiles
 
 _NAME = "merge_tiles"
 # what a call is for: the average; the classes; the classes and how sure they are
@@ -22,20 +22,20 @@ MOST_CLASSES = 256
 
 
 def merge_tiles(
-    logits: Tensor,  # [V, T, K, h, w]
+    logits: Tensor,  # [T, K, h, w]
     tops: Sequence[int],
     lefts: Sequence[int],
     tile: tuple[int, int],
     size: tuple[int, int],
 ) -> Tensor:
-    """Upsample the logits of tiles and average them over all tiles and views that cover a pixel.
+    """Upsample the logits of tiles and average them over all tiles that cover a pixel.
 
-    out_k(y, x) = mean over views v and tiles t with the pixel inside of up(logits[v, t])_k(y - tops[t], x - lefts[t]),
-    up bilinear with corners on corners, to ``tile``; view 1 is mirrored back first.  Whole images are one tile.
+    out_k(y, x) = mean over the tiles t with the pixel inside of up(logits[t])_k(y - tops[t], x - lefts[t]),
+    up bilinear with corners on corners, to ``tile``.  A whole image is one tile.  A tile of the mirrored image is one
+    more tile, whose logits the caller turns round.
 
     Args:
-        logits: ``[V, T, K, h, w]``, float64, float32, bf16 or fp16, any strides.  V is 1, or 2 where view 1 was
-            computed from the tiles mirrored left to right.
+        logits: ``[T, K, h, w]``, float64, float32, bf16 or fp16, any strides.
         tops: the first row of each tile in the image, T numbers.
         lefts: the first column of each tile.
         tile: ``(th, tw)``, the size of a tile in the image.
@@ -55,7 +55,7 @@ def merge_tiles(
 
 
 def segment_tiles(
-    logits: Tensor,  # [V, T, K, h, w]
+    logits: Tensor,  # [T, K, h, w]
     tops: Sequence[int],
     lefts: Sequence[int],
     tile: tuple[int, int],
@@ -97,10 +97,9 @@ def _call(
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_tiles(caller, logits, tops, lefts, tile, size)
-    if wanted != AVERAGE and logits.shape[2] > MOST_CLASSES:
-        raise ValueError(f"{caller}: logits must have at most {MOST_CLASSES} classes, got {logits.shape[2]}")
-    with no_autocast(logits):
-        return dispatch(_NAME, logits.detach(), list(tops), list(lefts), list(tile), list(size), wanted)
+    if wanted != AVERAGE and logits.shape[1] > MOST_CLASSES:
+        raise ValueError(f"{caller}: logits must have at most {MOST_CLASSES} classes, got {logits.shape[1]}")
+    return dispatch(_NAME, logits.detach(), list(tops), list(lefts), list(tile), list(size), wanted)
 
 
 @torch.library.custom_op("pmm_fast::merge_tiles", mutates_args=())
@@ -133,7 +132,7 @@ def _empty(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The average, the classes and the confidence; without elements where they are not wanted."""
     return (
-        logits.new_empty((logits.shape[2], *size) if wanted == AVERAGE else (0,), dtype=torch.float32),
+        logits.new_empty((logits.shape[1], *size) if wanted == AVERAGE else (0,), dtype=torch.float32),
         logits.new_empty((0,) if wanted == AVERAGE else tuple(size), dtype=torch.uint8),
         logits.new_empty(tuple(size) if wanted == CONFIDENCE else (0,), dtype=torch.float32),
     )

@@ -3,7 +3,7 @@
 Any device, float64/float32/bf16/fp16 inputs, any derivative order.  Kernels are correct when they equal these
 functions; the derivations are in ``docs/ops``.
 
-Shapes: B images, C channels, K classes, h x w feature positions, H x W label pixels; V views, T tiles.
+Shapes: B images, C channels, K classes, h x w feature positions, H x W label pixels; T tiles.
 """
 
 from __future__ import annotations
@@ -194,13 +194,10 @@ def merge_tiles(
     logits: Tensor, tops: Sequence[int], lefts: Sequence[int], tile: Sequence[int], size: Sequence[int]
 ) -> Tensor:
     """See :func:`pmm_fast.ops.merge_tiles`; the average in the type it is computed in."""
-    views, _, classes, *_ = logits.shape
-    total = logits.new_zeros((classes, *size), dtype=compute_dtype(logits.dtype))
+    total = logits.new_zeros((logits.shape[1], *size), dtype=compute_dtype(logits.dtype))
     covering = total.new_zeros(tuple(size))
-    for index, (top, left) in enumerate(zip(tops, lefts, strict=True)):
+    for own, top, left in zip(logits.to(total.dtype), tops, lefts, strict=True):
         place = slice(top, top + tile[0]), slice(left, left + tile[1])
-        covering[place] += views
-        for view, mirrored in zip(logits[:, index].to(total.dtype), (False, True), strict=False):
-            own = view.flip(-1) if mirrored else view
-            total[:, *place] += F.interpolate(own[None], tuple(tile), mode="bilinear", align_corners=True)[0]
+        covering[place] += 1
+        total[:, *place] += F.interpolate(own[None], tuple(tile), mode="bilinear", align_corners=True)[0]
     return total / covering

@@ -16,7 +16,7 @@ def run_all(inputs):
     ops.upsample_cross_entropy(inputs.features[:, :4], inputs.labels)
     images, looks = torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([[0.0, 1, 2, 3, 1, 1, 1, 0, 0]])
     ops.photometric(images, looks, (0.5,) * 3, (0.5,) * 3)
-    ops.merge_tiles(torch.zeros(1, 1, 2, 2, 3), [0], [0], (4, 6), (4, 6))
+    ops.merge_tiles(torch.zeros(1, 2, 2, 3), [0], [0], (4, 6), (4, 6))
 
 
 @pytest.fixture

@@ -251,12 +251,12 @@ def compile_all(dtype: torch.dtype, capability: int) -> None:
     upsample_cross_entropy.double_backward(x, one, x, labels, one, 255, False)
     name = "merge"
     none, level, sure = torch.empty(0), torch.empty(16, 16, dtype=torch.uint8), torch.empty(16, 16)
-    merge_tiles.forward(x.expand(2, 2, -1, -1, -1), torch.zeros(2, 2, dtype=int), (16, 9), (16, 16), none, level, sure)
+    merge_tiles.forward(x.expand(2, -1, -1, -1), torch.zeros(2, 2, dtype=int), (16, 9), (16, 16), none, level, sure)
     if dtype == torch.float32:
         # a size, a tile and a stride of one are compiled as constants
         pixel = torch.zeros(2, 1, dtype=int)
-        merge_tiles.forward(x[None], pixel, (1, 1), (1, 1), none, level, none)
-        merge_tiles.forward(x[None, :, :1], pixel, (1, 9), (1, 9), torch.empty(1, 1, 9), none, none)
+        merge_tiles.forward(x, pixel, (1, 1), (1, 1), none, level, none)
+        merge_tiles.forward(x[:, :1], pixel, (1, 9), (1, 9), torch.empty(1, 1, 9), none, none)
         name = "photometric"
         looks = torch.zeros(2, 9)
         # a size of one is compiled as a constant

@@ -24,9 +24,8 @@ class Tiling(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A call: views, classes, size of the logits, and the tiling."""
+    """A call: classes, size of the logits, and the tiling."""
 
-    views: int
     classes: int
     logits: tuple[int, int]
     tiling: Tiling
@@ -39,28 +38,28 @@ def whole(height: int, width: int) -> Tiling:
 
 GRID = Tiling([0, 0, 0, 5, 5, 5], [0, 13, 16] * 2, (8, 21), (13, 37))
 CASES = {
-    "whole": Case(1, 19, (3, 9), whole(10, 33)),
-    "mirrored": Case(2, 7, (3, 5), whole(5, 9)),
-    "grid": Case(2, 19, (3, 6), GRID),
+    "whole": Case(19, (3, 9), whole(10, 33)),
+    "small": Case(7, (3, 5), whole(5, 9)),
+    "grid": Case(19, (3, 6), GRID),
     # neither a tile nor the overlap of two is a whole number of vectors, and the first has several blocks
-    "wide": Case(2, 3, (2, 41), Tiling([0, 0], [0, 43], (3, 158), (3, 201))),
-    "copied": Case(2, 5, (8, 21), GRID),
-    "one logit": Case(2, 4, (1, 1), GRID),
-    "one row of logits": Case(1, 4, (1, 5), GRID),
+    "wide": Case(3, (2, 41), Tiling([0, 0], [0, 43], (3, 158), (3, 201))),
+    "copied": Case(5, (8, 21), GRID),
+    "one logit": Case(4, (1, 1), GRID),
+    "one row of logits": Case(4, (1, 5), GRID),
     # tiles smaller than their logits
-    "shrunk": Case(2, 3, (9, 60), GRID),
-    "few rows": Case(2, 19, (2, 100), Tiling([0, 0], [0, 60], (2, 90), (2, 150))),
-    "one pixel": Case(1, 5, (3, 4), whole(1, 1)),
-    "one class": Case(1, 1, (3, 4), GRID),
-    "seventy classes": Case(1, 70, (2, 3), whole(3, 7)),
-    "many classes": Case(2, 150, (2, 2), Tiling([0, 1], [0, 0], (3, 5), (4, 5))),
+    "shrunk": Case(3, (9, 60), GRID),
+    "few rows": Case(19, (2, 100), Tiling([0, 0], [0, 60], (2, 90), (2, 150))),
+    "one pixel": Case(5, (3, 4), whole(1, 1)),
+    "one class": Case(1, (3, 4), GRID),
+    "seventy classes": Case(70, (2, 3), whole(3, 7)),
+    "many classes": Case(150, (2, 2), Tiling([0, 1], [0, 0], (3, 5), (4, 5))),
     # begins where a CUDA block's pixels end
-    "side by side": Case(1, 3, (3, 9), Tiling([0, 0, 7, 7], [0, 31, 0, 31], (7, 31), (14, 62))),
-    "many tiles": Case(1, 2, (2, 3), Tiling([0] * 70, list(range(70)), (3, 9), (3, 78))),
-    "twice the same tile": Case(1, 6, (2, 4), Tiling([0, 0, 2], [0, 0, 0], (4, 11), (6, 11))),
+    "side by side": Case(3, (3, 9), Tiling([0, 0, 7, 7], [0, 31, 0, 31], (7, 31), (14, 62))),
+    "many tiles": Case(2, (2, 3), Tiling([0] * 70, list(range(70)), (3, 9), (3, 78))),
+    "twice the same tile": Case(6, (2, 4), Tiling([0, 0, 2], [0, 0, 0], (4, 11), (6, 11))),
 }
 # for what is slow
-FEW = ("mirrored", "few rows", "one pixel", "twice the same tile")
+FEW = ("small", "few rows", "one pixel", "twice the same tile")
 
 
 def some_tiles(count: int) -> Tiling:
@@ -80,22 +79,20 @@ def some_tiles(count: int) -> Tiling:
 
 
 def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Random logits of a case ``[V, T, K, h, w]``."""
-    shape = (case.views, len(case.tiling.tops), case.classes, *case.logits)
+    """Random logits of a case ``[T, K, h, w]``."""
+    shape = (len(case.tiling.tops), case.classes, *case.logits)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def average_of(logits: Tensor, tiling: Tiling) -> Tensor:
-    """float64 ``[K, H, W]``: each tile upsampled by PyTorch, mirrored back as an image, and added where it lies."""
-    total = torch.zeros(logits.shape[2], *tiling.size, dtype=torch.float64)
+    """float64 ``[K, H, W]``: each tile upsampled by PyTorch and added where it lies."""
+    total = torch.zeros(logits.shape[1], *tiling.size, dtype=torch.float64)
     covering = torch.zeros(tiling.size, dtype=torch.float64)
     (height, width) = tiling.tile
-    for view, tiles in enumerate(logits.cpu().double()):
-        up = F.interpolate(tiles, tiling.tile, mode="bilinear", align_corners=True)
-        up = up.flip(3) if view else up
-        for tile, top, left in zip(up, tiling.tops, tiling.lefts, strict=True):
-            total[:, top : top + height, left : left + width] += tile
-            covering[top : top + height, left : left + width] += 1
+    up = F.interpolate(logits.cpu().double(), tiling.tile, mode="bilinear", align_corners=True)
+    for tile, top, left in zip(up, tiling.tops, tiling.lefts, strict=True):
+        total[:, top : top + height, left : left + width] += tile
+        covering[top : top + height, left : left + width] += 1
     return total / covering
 
 

@@ -22,14 +22,13 @@ def forward(
 ) -> None:
     """Write those of the results that have elements; ``places [2, T]`` are tops and lefts."""
     module = load("_C")
-    fields = common(logits[0], None) | {
-        "classes": logits.shape[2],
+    fields = common(logits, None) | {
+        "classes": logits.shape[1],
         "tile_height": tile[0],
         "tile_width": tile[1],
         "image_height": size[0],
         "image_width": size[1],
-        "logits": map_of(logits[0]),
-        "mirrored": map_of(logits[1]) if len(logits) == 2 else None,
+        "logits": map_of(logits),
         "tops": places[0].data_ptr(),
         "lefts": places[1].data_ptr(),
         "average": matrix_of(average),

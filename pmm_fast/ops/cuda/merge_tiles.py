@@ -22,7 +22,7 @@ def forward(
     module = cuda.module()
     call = module.Merge()
     call.type = cuda.type_of(logits)
-    call.views, call.tiles, call.classes, call.height, call.width = logits.shape
+    call.tiles, call.classes, call.height, call.width = logits.shape
     call.tile_height, call.tile_width = tile
     call.image_height, call.image_width = size
     call.logits, call.strides = logits.data_ptr(), logits.stride()
