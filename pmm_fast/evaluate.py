@@ -67,13 +67,13 @@ class Tested:
         domain: the domain.
         results: name of each run to its scores; a run that failed is missing.
         examples: rows of the picture.
-        failure: why it is not complete; empty if it is.
+        failures: what went wrong, of each run; empty if nothing did.
     """
 
     domain: FolderDomain
     results: dict[str, DomainResult] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
-    failure: str = ""
+    failures: list[str] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         write_scores(out, runs, config, tested)
     write_report(out, runs, config, tested)
     print(f"\nwritten to {out}")
-    if failures := [each.failure for each in tested if each.failure]:
+    if failures := [failure for each in tested for failure in each.failures]:
         raise IncompleteError(f"not tested to the end: {'; '.join(failures)}")
 
 
@@ -196,19 +196,21 @@ def open_domains(config: Config) -> list[FolderDomain]:
 
 
 def evaluate_on(runs: list[Run], domain: FolderDomain, config: Config) -> Tested:
-    """Test every network on a domain; what goes wrong is noted, for other domains must not suffer.
+    """Test every network on a domain; what goes wrong is noted, for other networks and domains must not suffer.
+
+    What is wrong with the domain would meet the next network too, so that ends its test; a network that fails does not.
 
     Args:
         runs: the networks.
         domain: the domain.
         config: protocol, device, precision.
     """
-    import torch
-
+    from pmm_fast.data.files import DataError
     from pmm_fast.data.labels import get_space
     from pmm_fast.data.survey import evenly_spaced
     from pmm_fast.engine.build import amp_type, pick_device, set_float32_precision
     from pmm_fast.engine.evaluate import evaluate_domain
+    from pmm_fast.engine.inference import is_out_of_memory
     from pmm_fast.viz.comparison import Example
 
     space, device = get_space(config.data.label_space), pick_device(config.device)
@@ -228,20 +230,27 @@ def evaluate_on(runs: list[Run], domain: FolderDomain, config: Config) -> Tested
         ignored = resolve_protocol(config.eval).noise and run.model.memory is None
         note = ", without noise: it has no memory" if ignored else ""
         print(f"{run.name} on {domain.name} ({device}){note}", file=sys.stderr, flush=True)
-        model = run.model.to(device)
         try:
-            tested.results[run.name] = evaluate_domain(
-                model, domain, space.num_classes, config.eval, device, amp_type(config), config.seed, on_prediction=keep
-            )
+            options = (space.num_classes, config.eval, device, amp_type(config), config.seed)
+            result = evaluate_domain(run.model.to(device), domain, *options, on_prediction=keep)
+            tested.results[run.name] = result
         except (ValueError, OSError) as error:
-            tested.failure = f"{run.name} on {domain.name}: {error}"
-        except torch.OutOfMemoryError:
-            tested.failure = f"{run.name} on {domain.name}: out of GPU memory (--eval.tile_batch 1 takes least)"
-        if tested.failure:
-            print(f"error: {tested.failure}", file=sys.stderr)
-            break
+            tested.failures.append(_failure(run, domain, str(error)))
+            if isinstance(error, DataError | OSError):
+                break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = f"{device} has too little memory; --eval.tile_batch 1 takes least, tiles less than whole images"
+            tested.failures.append(_failure(run, domain, advice))
     tested.examples = [example for example in examples.values() if len(example.predictions) == len(runs)]
     return tested
+
+
+def _failure(run: Run, domain: FolderDomain, reason: str) -> str:
+    message = f"{run.name} on {domain.name}: {reason}"
+    print(f"error: {message}", file=sys.stderr)
+    return message
 
 
 # --- after the test -----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from pmm_fast import evaluate as program
 from pmm_fast.config import ConfigError, EvalConfig, EvalProtocol
 from pmm_fast.data.files import DataError
 from pmm_fast.engine import checkpoint
-from pmm_fast.engine.evaluate import evaluate_domain
+from pmm_fast.engine.evaluate import DomainResult, evaluate_domain
+from pmm_fast.models import Segmentor
 from tests.street_folders import CLASSES, NAMES, SPACE, make_domain, make_domains, tiny_config, train
+from tests.tiny_network import fill_memory
 
 CPU = torch.device("cpu")
 
@@ -223,13 +226,44 @@ def test_what_is_known_is_written_before_the_next_domain(
     assert list(scores(tmp_path)["runs"]["agg"]) == ["alpha"]
 
 
-def test_a_full_gpu_is_told_with_what_helps(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(*arguments: object, **options: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def gpu_is_full(*arguments: object, **options: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("pmm_fast.engine.evaluate.evaluate_domain", out_of_memory)
-    with pytest.raises(program.IncompleteError, match=r"agg on gamma: out of GPU memory \(--eval.tile_batch 1"):
-        program.main([str(trained / "runs/agg"), "--out", str(tmp_path), "--data.sources"])
+
+@pytest.mark.parametrize("full", [gpu_is_full, fill_memory])
+def test_a_network_that_is_too_large_does_not_cost_the_others(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Callable[..., None]
+) -> None:
+    def limited(model: Segmentor, *arguments: Any, **options: Any) -> DomainResult:
+        if model.memory is None:
+            full()
+        return evaluate_domain(model, *arguments, **options)
+
+    monkeypatch.setattr("pmm_fast.engine.evaluate.evaluate_domain", limited)
+    runs = [str(trained / "runs/agg"), str(trained / "runs/pinmem"), "--out", str(tmp_path), "--device", "cpu"]
+    message = r"^not tested to the end: agg on gamma: cpu has too little memory; --eval.tile_batch 1 takes least"
+    with pytest.raises(program.IncompleteError, match=message):
+        program.main([*runs, "--data.sources", "--eval.limit", "1"])
+    stored = scores(tmp_path)["runs"]
+    assert stored["agg"] == {} and list(stored["pinmem"]) == ["gamma"]
+
+
+def test_a_network_that_overflows_has_no_scores(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = checkpoint.read(trained / "runs/agg")
+    for name, tensor in content["model"]["state"].items():
+        if name.startswith("decoder.classify"):
+            tensor.fill_(3e38)
+    checkpoint.write(tmp_path / "broken" / "checkpoint.pt", content)
+    runs = [str(tmp_path / "broken"), str(trained / "runs/pinmem"), "--out", str(tmp_path / "out")]
+    with pytest.raises(program.IncompleteError) as caught:
+        program.main([*runs, "--data.sources", "alpha", "--eval.limit", "1"])
+    reasons = str(caught.value).split("; ")
+    assert len(reasons) == 2 and reasons[0].startswith("not tested to the end: broken on alpha: domain 'alpha', sample")
+    assert all(reason.endswith("the network gives logits that are not finite") for reason in reasons)
+    stored = scores(tmp_path / "out")["runs"]
+    assert stored["broken"] == {} and list(stored["pinmem"]) == ["alpha", "gamma"]
 
 
 def test_all_domains_are_looked_at_before_any_is_tested(trained: Path, tmp_path: Path) -> None:

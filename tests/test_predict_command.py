@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from pmm_fast import predict as program
 from pmm_fast.config import run_main
 from pmm_fast.data.videos import VideoReader, VideoWriter
 from pmm_fast.engine.predict import PredictionError, Predictor
 from pmm_fast.engine.predict_record import DONE_FILE, SETTINGS_FILE
+from pmm_fast.models import Segmentor
 from pmm_fast.viz import predictions
 from tests.tiny_network import noise, save_network
 
@@ -162,6 +164,37 @@ def test_only_what_is_missing_is_done(run, photos, capsys):
     assert "share of each class in 4 of 4" in capsys.readouterr().out
     run("--save", "confidence")
     assert set(files(out)) >= {f"confidence/{name}.png" for name in NAMES}
+    # of a, ids and confidence are on record together, but no overlay: that is the former original's
+    capsys.readouterr()
+    run("--save", "ids", "confidence")
+    assert "4 of 4 are done already" in capsys.readouterr().err
+    run("--save", "overlay", "ids")
+    assert "3 of 4 are done already" in capsys.readouterr().err and pixels(out / "overlay/a.png").shape[:2] == (9, 9)
+
+
+def test_what_was_written_with_other_settings_is_not_taken_for_done(run, photos, predictor, capsys):
+    out = run("--save", "overlay", "ids")
+    run("--save", "overlay", "--ids", "cityscapes", "--overwrite")
+    capsys.readouterr()
+    run("--save", "overlay", "ids", "--ids", "cityscapes")
+    assert "already" not in capsys.readouterr().err
+    expected = predictions.cityscapes_ids(predictor.space)[predictor(photos / "a.png").ids]
+    assert np.array_equal(pixels(out / "ids/a.png"), expected)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_done_again(run, photos, monkeypatch):
+    path, predict = photos / "a.png", Predictor.batch
+
+    def replaced(self: Predictor, images: list) -> list:
+        Image.fromarray(noise(9, 9)).save(path)
+        return predict(self, images)
+
+    monkeypatch.setattr(Predictor, "batch", replaced)
+    out = run(paths=(str(path),))
+    monkeypatch.undo()
+    assert pixels(out / "overlay/a.png").shape[:2] == (20, 32)
+    run(paths=(str(path),))
+    assert pixels(out / "overlay/a.png").shape[:2] == (9, 9)
 
 
 def test_a_run_that_was_interrupted_goes_on(run, monkeypatch, capsys):
@@ -276,6 +309,21 @@ def test_too_little_memory_for_a_batch(run, monkeypatch, capsys):
     assert batches == [2, 1, 1, 1, 1] and "c.jpg: too little memory" in capsys.readouterr().err
 
 
+def test_an_image_that_the_network_refuses_is_named_and_the_others_are_done(run, photos, monkeypatch, capsys):
+    predict = Segmentor.predict_coarse
+
+    def picky(self: Segmentor, images: Tensor, *arguments: object) -> object:
+        if images.shape[2:] == (24, 20):
+            raise ValueError("maps of two positions or more")
+        return predict(self, images, *arguments)
+
+    monkeypatch.setattr(Segmentor, "predict_coarse", picky)
+    with pytest.raises(SystemExit):
+        run()
+    assert f"  {photos}/c.jpg: maps of two positions or more\n" in capsys.readouterr().err
+    assert sorted(done(photos.parent / "out")) == sorted(set(NAMES) - {"c"})
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -358,6 +406,38 @@ def test_video(run, tmp_path, predictor):
     (out / stills[-1]).unlink()
     run("--save", "overlay", "ids", "--frames", paths=(str(path),))
     assert set(files(out)) == {*before, *(still.replace("ids", "overlay") for still in stills)}
+
+
+def test_frames_of_a_video_that_do_not_go_together_go_one_by_one(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("av")
+    batches, predict, fails = [], Predictor.batch, []
+
+    def narrow(self: Predictor, images: list) -> list:
+        batches.append(len(images))
+        if len(images) > 1 or fails:
+            raise PredictionError("too little memory")
+        return predict(self, images)
+
+    monkeypatch.setattr(Predictor, "batch", narrow)
+    path = film(tmp_path / "drive.mp4", 3)
+    out = run("--save", "ids", "--batch", "2", paths=(str(path),))
+    assert batches == [2, 1, 1, 1] and len(list((out / "ids/drive_frames").iterdir())) == 3
+    fails.append(True)
+    with pytest.raises(SystemExit):
+        run("--save", "ids", "--batch", "2", "--overwrite", paths=(str(path),))
+    # the first frame that fails ends it
+    assert batches[4:] == [2, 1] and f"  {path}: too little memory\n" in capsys.readouterr().err
+
+
+def test_pictures_of_a_video_are_on_record(run, tmp_path):
+    pytest.importorskip("av")
+    paths = (str(film(tmp_path / "drive.mp4", 1)),)
+    out = run("--frames", paths=paths)
+    before = files(out)
+    run("--overwrite", "--alpha", "0.3", paths=paths)
+    run("--frames", "--alpha", "0.3", paths=paths)
+    still = "overlay/drive_frames/000001.png"
+    assert still in before and files(out)[still] != before[still]
 
 
 def test_damaged_videos(run, photos, capsys):

@@ -21,6 +21,7 @@ from pmm_fast.data import folder as data_folder
 from pmm_fast.engine import report_pictures
 from pmm_fast.engine.report import domain_titles
 from tests.street_folders import make_domains, train
+from tests.tiny_network import fill_memory
 from tests.viz.test_report import Tags, parse
 
 SECTIONS = ["Runs", "Scores", "Examples", "Training", "Memory", "Features", "Configuration"]
@@ -144,7 +145,7 @@ def test_what_cannot_be_made_is_told_and_the_rest_is_made(
     assert "No training log of pinmem: " in found.text
     assert "No t-SNE: t-SNE needs scikit-learn: pip install 'pmm_fast[viz]'" in found.text
     assert found.text.count("No pictures: gamma is not here") == 1
-    assert found.text.count("Nothing of gamma: it could not be read (see Examples).") == 2
+    assert found.text.count("Nothing of gamma: it could not be read or segmented (see Examples).") == 2
     assert sum(alt.endswith(" of beta") and alt.startswith("Classes that ") for alt in alts(found)) == 1
 
 
@@ -155,6 +156,23 @@ def test_without_matplotlib_there_are_no_curves(trained: Path, tmp_path: Path, m
     found = made(tmp_path / "out.html", str(trained / "runs/pinmem"))
     assert "No curves: training curves need matplotlib: pip install 'pmm_fast[viz]'" in found.text
     assert "seconds an iteration" in found.text and "Nothing of gamma: broken" in found.text
+
+
+def test_too_little_memory_is_told_in_its_place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    excuse = "cpu has too little memory; --eval.tile_batch 1, "
+    run = [str(trained / "runs/pinmem"), "--data.sources", "alpha", "--eval.tile_batch", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(report_pictures, "segment", lambda *_, tile_batch: (batches.append(tile_batch), fill_memory()))
+        found = made(tmp_path / "out.html", *run)
+    assert batches == [3, 3] and found.text.count(f"No pictures: {excuse}") == 2
+    for name in ("read_assignment", "collect_features"):
+        monkeypatch.setattr(report_pictures, name, fill_memory)
+    found = made(tmp_path / "out.html", *run)
+    for domain in ("alpha", "gamma"):
+        assert f"Nothing of pinmem on {domain}: {excuse}" in found.text
+        assert f"Nothing of {domain}: {excuse}" in found.text
+    assert titles(found) == [f"#{title.lower()}" for title in SECTIONS]
 
 
 def test_it_is_written_beside_the_runs_or_where_it_is_asked(tmp_path: Path) -> None:

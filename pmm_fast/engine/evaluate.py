@@ -10,8 +10,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from pmm_fast.config import EvalConfig, resolve_protocol
 from pmm_fast.config.schema import MapillaryTest
 from pmm_fast.data.convert_files import write_whole
+from pmm_fast.data.files import DataError
 from pmm_fast.data.parallel import in_order
 from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.engine.inference import image_seed, segment
@@ -105,11 +107,13 @@ def evaluate_domain(
         The pixel counts and how long it took.
 
     Raises:
-        ValueError: the domain is empty, or network or labels do not fit ``num_classes``; names domain and sample.
+        DataError: the domain is empty, or an image or label cannot be read or does not fit ``num_classes``; names
+            domain and sample, or the file.
+        ValueError: the network does not fit ``num_classes``, or fails on a sample, which is named.
     """
     protocol, indices = resolve_protocol(settings), evenly_spaced(len(domain), settings.limit)
     if not indices:
-        raise ValueError(f"domain {domain.name!r} has no images to test on")
+        raise DataError(f"domain {domain.name!r} has no images to test on")
     if model.num_classes != num_classes:
         raise ValueError(f"evaluate: the network has {model.num_classes} classes, the labels {num_classes}")
     confusion = Confusion(num_classes)
@@ -117,18 +121,14 @@ def evaluate_domain(
     model.eval()
     pool = ThreadPoolExecutor(max(1, threads))
     try:
-        # a line now and then where stderr is a file
-        interval = 0.2 if sys.stderr.isatty() else 10.0
         samples = in_order(pool, _loader(domain, protocol.mapillary), indices, max(1, threads) + 1)
-        bar = tqdm(samples, domain.name, len(indices), mininterval=interval, dynamic_ncols=True, disable=not progress)
+        bar = _bar(samples, domain.name, len(indices), progress)
         for index, (image, labels) in zip(indices, bar, strict=True):
-            height, width = labels.shape
-            options = (protocol, device, amp_dtype, image_seed(seed, index))
-            prediction, _ = segment(model, image, (height, width), *options, tile_batch=settings.tile_batch)
-            try:
+            options = (labels.shape, protocol, device, amp_dtype, image_seed(seed, index))
+            with _naming(domain.name, index, ValueError):
+                prediction, _ = segment(model, image, *options, tile_batch=settings.tile_batch)
+            with _naming(domain.name, index, DataError):
                 confusion.update(prediction, torch.from_numpy(np.array(labels)).to(device))
-            except ValueError as error:
-                raise ValueError(f"domain {domain.name!r}, sample {index}: {error}") from error
             bar.set_postfix_str(f"mIoU {100 * confusion.miou():.1f}", refresh=False)
             if on_prediction is not None:
                 on_prediction(index, image, labels, prediction.cpu().numpy())
@@ -136,6 +136,21 @@ def evaluate_domain(
         pool.shutdown(cancel_futures=True)
         model.train(training)
     return DomainResult(domain.name, confusion, len(indices), time.perf_counter() - start)
+
+
+def _bar(samples: Iterable[T], title: str, total: int, shown: bool) -> tqdm:
+    # a line now and then where stderr is a file
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(samples, title, total, mininterval=interval, dynamic_ncols=True, disable=not shown)
+
+
+@contextmanager
+def _naming(domain: str, index: int, kind: type[ValueError]) -> Iterator[None]:
+    """Says at which sample something went wrong, and whose fault it is by the type: a domain's, or a network's."""
+    try:
+        yield
+    except ValueError as error:
+        raise kind(f"domain {domain!r}, sample {index}: {error}") from error
 
 
 def _loader(domain: Domain, variant: MapillaryTest) -> Callable[[int], tuple[Image.Image, np.ndarray]]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from pmm_fast import __version__, ops
 from pmm_fast.data.labels import get_space
 from pmm_fast.data.transforms import MEAN, STD
+from pmm_fast.engine.inference import is_out_of_memory
 from pmm_fast.models import Segmentor
 from pmm_fast.models.conv import Conv2d
 
@@ -119,7 +120,7 @@ def export_model(
 
     Raises:
         ExportError: an unknown format or output, a name that does not fit, an existing file, a network that cannot be
-            traced, a file that cannot be written or deviates from the network; nothing is left then.
+            traced, too little memory, a file that cannot be written or deviates from the network; nothing is left then.
         ImportError: ONNX without its packages.
     """
     path, stride = Path(path), model.settings["output_stride"]
@@ -127,25 +128,54 @@ def export_model(
     _check_place(path, file_format, force)
     if file_format == "onnx":
         _require_onnx()
-    network = copy.deepcopy(model).cpu().float().eval()
     about = describe(model, output, None if static else stride, size)
-    try:
-        # an archive of torch.export bears its first name inside, so that one is the last one too
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder, torch.no_grad():
-            part = Path(folder) / path.name
-            say("tracing the network")
-            program = _trace(_Inference(network, output), size if static else None, stride)
-            say(f"writing {path}")
+    with _enough_memory(size), _part(path) as part, torch.no_grad():
+        network = copy.deepcopy(model).cpu().float().eval()
+        say("tracing the network")
+        program = _trace(_Inference(network, output), size if static else None, stride)
+        say(f"writing {path}")
+        with _writing(path):
             _write(program, part, file_format, about)
-            say("comparing the file with the network")
-            checks, seconds = _check(network, _open(part, file_format), _shapes(size, static, stride))
-            report = ExportReport(path, part.stat().st_size, checks, *seconds)
+        say("comparing the file with the network")
+        checks, seconds = _check(network, _open(part, file_format), _shapes(size, static, stride))
+        report = ExportReport(path, part.stat().st_size, checks, *seconds)
+        with _writing(path):
             os.replace(part, path)
-    # torch's writers raise RuntimeError where the disk is full
+    return report
+
+
+@contextlib.contextmanager
+def _enough_memory(size: tuple[int, int]) -> Iterator[None]:
+    """Says that memory ran out, and what takes less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ExportError(
+            f"export: too little memory for images of {size[0]} x {size[1]}; a smaller --height and --width take less"
+        ) from error
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says of which file it is that it cannot be written; torch's writers raise RuntimeError on a full disk."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"{path}: could not be written ({reason})") from error
-    return report
+
+
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    """The same name in a folder of its own: an archive of torch.export bears its first name inside."""
+    with _writing(path):
+        folder = tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent)
+    with folder:
+        yield Path(folder.name) / path.name
 
 
 def describe(model: Segmentor, output: OutputKind, stride: int | None, size: tuple[int, int]) -> dict[str, Any]:
@@ -335,8 +365,12 @@ def _compare(network: Segmentor, run: Run, shape: tuple[int, ...]) -> Check:
         found = run(images)
     # runtimes raise whatever they meet
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ExportError(f"export: the file does not run on images {list(shape)}: {error}") from error
-    margin = TOLERANCE * float(expected.abs().max())
+    # logits that are all zero have no scale
+    scale = float(expected.abs().max()) or 1.0
+    margin = TOLERANCE * scale
     deviation = None
     classes = found
     if found.dtype.is_floating_point:
@@ -349,7 +383,6 @@ def _compare(network: Segmentor, run: Run, shape: tuple[int, ...]) -> Check:
             f"export: the file differs from the network on images {list(shape)} by more than rounding: "
             f"{deviation} in the logits, allowed {margin:.3g}; nothing was written"
         )
-    scale = float(expected.abs().max())
     agreement = float((classes.long() == expected.argmax(1)).double().mean())
     return Check(shape, None if deviation is None else deviation / scale, agreement)
 

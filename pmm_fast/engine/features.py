@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pmm_fast import ops
-from pmm_fast.data.transforms import normalise
 from pmm_fast.engine.evaluate import Domain
+from pmm_fast.engine.inference import to_device
 from pmm_fast.models import Segmentor, SemanticMemory
 
 
@@ -84,7 +84,7 @@ def collect_features(
         )
         for index in bar:
             image, labels = domain.load(index)
-            feature = model.encoder(normalise(image)[None].to(device)).feature
+            feature = model.encoder(to_device(image, device)[None]).feature
             ids = torch.from_numpy(np.array(labels))[None].to(device)
             try:
                 sums, _ = ops.masked_average_pool(feature, ids, model.num_classes)
@@ -117,7 +117,7 @@ def read_assignment(
     """
     memory = _memory(model)
     with _testing(model, device, amp_dtype):
-        feature = model.encoder(normalise(image)[None].to(device)).feature
+        feature = model.encoder(to_device(image, device)[None]).feature
         _, scores = ops.memory_read(feature, memory.slots, temperature=memory.temperature)
         return ops.assignment(scores, temperature=memory.temperature)[0].float().cpu().numpy()
 

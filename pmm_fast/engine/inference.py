@@ -28,6 +28,7 @@ from pmm_fast import ops
 from pmm_fast.config import EvalProtocol
 from pmm_fast.data.transforms import MEAN, NO_JITTER, STD
 from pmm_fast.models import Segmentor
+from pmm_fast.ops.merge_tiles import MOST_CLASSES
 
 TILE_BATCH = 8
 """Tiles and mirrored images that go through the network at once."""
@@ -52,7 +53,7 @@ class Tiles(NamedTuple):
     """Logits of all tiles of an image at one scale, as ``ops.merge_tiles`` takes them.
 
     Attributes:
-        logits: ``[1, T, K, h', w']``, at the decoder's resolution; those of mirrored tiles are mirrored back.
+        logits: ``[T, K, h', w']``, at the decoder's resolution; those of mirrored tiles are mirrored back.
         tops: first row of every tile.
         lefts: first column of every tile, in the image that is not mirrored.
         tile: height and width of a tile.
@@ -95,8 +96,11 @@ def segment(
         Classes and confidence, on ``device``.
 
     Raises:
-        ValueError: the image is not RGB.
+        ValueError: the image is not RGB, or the network has too many classes for uint8, refuses the image or gives
+            logits that are not finite.
     """
+    if model.num_classes > MOST_CLASSES:
+        raise ValueError(f"segment: the network must have at most {MOST_CLASSES} classes, got {model.num_classes}")
     passes = _passes(model, image, protocol, device, amp_dtype, seed, tile_batch)
     if _single_pass(protocol, image, size):
         return Segmented(*ops.segment_tiles(*next(passes), confidence=confidence))
@@ -126,6 +130,9 @@ def predict_logits(
     Returns:
         float32 ``[K, H, W]`` on ``device``; for the pooling protocols logarithms of the averaged probabilities, so that
         a softmax gives the probabilities under every protocol.
+
+    Raises:
+        ValueError: the image is not RGB, or the network refuses it or gives logits that are not finite.
     """
     scores = _combine(_passes(model, image, protocol, device, amp_dtype, seed, tile_batch), size, protocol)
     return scores.log() if protocol.method == "pooling" else scores
@@ -150,6 +157,70 @@ def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
     stride = max(1, math.ceil(tile * (1 - overlap) - 1e-6))
     last = max(0, length - tile)
     return [*range(0, last, stride), last]
+
+
+def to_device(image: Image.Image, device: torch.device) -> Tensor:
+    """``data.normalise``, bit for bit, with 8-bit values on the way to the device.
+
+    Args:
+        image: RGB, H x W.
+        device: where it is wanted.
+
+    Returns:
+        float32 ``[3, H, W]``.
+
+    Raises:
+        ValueError: the image is not RGB.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"image: expected mode RGB, got {image.mode}")
+    # a copy: PIL's memory is read-only, which torch warns about
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
+    return ops.photometric(pixels, torch.tensor([[*NO_JITTER, 0.0]]), MEAN, STD)[0]
+
+
+def coarse_logits(
+    model: Segmentor,
+    windows: Sequence[Tensor],
+    seeds: Sequence[int] = (),
+    amp_dtype: torch.dtype | None = None,
+    tile_batch: int = TILE_BATCH,
+) -> Tensor:
+    """Logits of images or tiles of equal size, at the decoder's resolution.
+
+    Args:
+        model: network on the device of the windows, in eval mode.
+        windows: ``[3, h, w]`` each, normalised.
+        seeds: of the noise of each; none: no noise.
+        amp_dtype: type of autocast; None: no autocast.
+        tile_batch: windows that go through the network at once.
+
+    Returns:
+        ``[T, K, h', w']``.
+
+    Raises:
+        ValueError: the network refuses windows of this size, or gives logits that are not finite.
+    """
+    device = windows[0].device
+    found = []
+    with torch.no_grad(), torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        for start in range(0, len(windows), tile_batch):
+            batch = torch.stack(list(windows[start : start + tile_batch]))
+            noise = _noise(model, seeds[start : start + tile_batch], batch) if seeds else None
+            found.append(model.predict_coarse(batch, noise).logits)
+    logits = torch.cat(found)
+    # NaN counts as the largest number, so that the first class would win; all at once, for a GPU is waited for
+    if not bool(logits.isfinite().all()):
+        hint = "; they overflow in fp16: amp_dtype bf16 reaches further" if amp_dtype == torch.float16 else ""
+        raise ValueError(f"the network gives logits that are not finite{hint}")
+    return logits
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU, where PyTorch has no type of error for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "bad_alloc" in str(error))
+    )
 
 
 # --- passes -------------------------------------------------------------------------------------------------------
@@ -185,7 +256,7 @@ def _passes(
         scaled = image
         if size != (image.height, image.width):
             scaled = image.resize(size[::-1], _FILTERS[protocol.resample])
-        pixels = _to_device(scaled, device)
+        pixels = to_device(scaled, device)
         side = int(protocol.crop * max(1.0, scale)) if protocol.method == "sliding" else max(size)
         tile = min(side, size[0]), min(side, size[1])
         rows, columns = (tile_starts(*lengths, protocol.overlap) for lengths in zip(size, tile, strict=True))
@@ -193,39 +264,16 @@ def _passes(
         views = [pixels, pixels.flip(-1)] if protocol.flip else [pixels]
         windows = [view[:, top : top + tile[0], left : left + tile[1]] for view in views for top, left in places]
         seeds = [_mix(seed, next(passed)) for _ in windows] if protocol.noise and model.memory is not None else []
-        logits = _run(model, windows, seeds, amp_dtype, tile_batch)
+        logits = coarse_logits(model, windows, seeds, amp_dtype, tile_batch)
         if protocol.flip:
             logits[len(places) :] = logits[len(places) :].flip(-1)
             places += [(top, size[1] - tile[1] - left) for top, left in places]
         if protocol.method == "pooling":
             # probabilities are averaged, so views must not be averaged before
             for view in logits.split(1):
-                yield Tiles(view[None], [0], [0], tile, size)
+                yield Tiles(view, [0], [0], tile, size)
         else:
-            yield Tiles(logits[None], [top for top, _ in places], [left for _, left in places], tile, size)
-
-
-def _to_device(image: Image.Image, device: torch.device) -> Tensor:
-    """``data.normalise``, bit for bit, with 8-bit values on the way to the device."""
-    if image.mode != "RGB":
-        raise ValueError(f"image: expected mode RGB, got {image.mode}")
-    # a copy: PIL's memory is read-only, which torch warns about
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
-    return ops.photometric(pixels, torch.tensor([[*NO_JITTER, 0.0]]), MEAN, STD)[0]
-
-
-def _run(
-    model: Segmentor, windows: Sequence[Tensor], seeds: Sequence[int], amp_dtype: torch.dtype | None, tile_batch: int
-) -> Tensor:
-    """Logits ``[T, K, h', w']`` of all windows, a batch at a time."""
-    device = windows[0].device
-    found = []
-    with torch.no_grad(), torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        for start in range(0, len(windows), tile_batch):
-            batch = torch.stack(list(windows[start : start + tile_batch]))
-            noise = _noise(model, seeds[start : start + tile_batch], batch) if seeds else None
-            found.append(model.predict_coarse(batch, noise).logits)
-    return torch.cat(found)
+            yield Tiles(logits, [top for top, _ in places], [left for _, left in places], tile, size)
 
 
 def _noise(model: Segmentor, seeds: Sequence[int], batch: Tensor) -> Tensor:

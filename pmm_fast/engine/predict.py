@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,10 +18,16 @@ from pmm_fast.config import Config, EvalConfig, EvalProtocol, resolve_protocol, 
 from pmm_fast.data.inputs import read_upright, upright
 from pmm_fast.data.labels import get_space
 from pmm_fast.data.survey import many
-from pmm_fast.data.transforms import normalise
 from pmm_fast.engine import checkpoint
 from pmm_fast.engine.build import AMP_TYPES, pick_device
-from pmm_fast.engine.inference import TILE_BATCH, predict_logits, segment
+from pmm_fast.engine.inference import (
+    TILE_BATCH,
+    coarse_logits,
+    is_out_of_memory,
+    predict_logits,
+    segment,
+    to_device,
+)
 from pmm_fast.models import Segmentor
 from pmm_fast.viz.predictions import Prediction
 
@@ -43,8 +48,8 @@ class Predictor:
         amp: mixed precision.
         amp_dtype: its type, ``bf16`` or ``fp16``.
         probabilities: keep those of every class in each prediction: 2 K bytes a pixel.
-        seed: of the noise of protocols that have noise; an image gets the same whenever it is asked for.
-        tile_batch: tiles and mirrored images that go through the network at once.
+        seed: of the noise of protocols that have noise, not negative; an image gets the same whenever it is asked for.
+        tile_batch: tiles and mirrored images that go through the network at once, one or more.
 
     Attributes:
         model: the network, on ``device``.
@@ -53,8 +58,8 @@ class Predictor:
         protocol: how images are segmented.
 
     Raises:
-        ValueError: an unreadable checkpoint (``CheckpointError``), an unknown protocol or device, or a network that
-            does not say which classes it was trained for.
+        ValueError: an unreadable checkpoint (``CheckpointError``), an unknown protocol or device, another wrong
+            argument, or a network that does not say which classes it was trained for (``PredictionError``).
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Predictor:
         seed: int = 304,
         tile_batch: int = TILE_BATCH,
     ) -> None:
+        _check(amp_dtype, seed, tile_batch)
         self.device = pick_device(device)
         self.protocol = _resolved(protocol) if isinstance(protocol, str) else protocol
         model = path_or_model if isinstance(path_or_model, Segmentor) else checkpoint.load(path_or_model)
@@ -89,8 +95,8 @@ class Predictor:
             The prediction, of the (turned) image's size.
 
         Raises:
-            ValueError: a file that cannot be read (``DataError``), another dtype, shape or depth, or too little memory
-                (``PredictionError``).
+            ValueError: a file that cannot be read (``DataError``), another dtype, shape or depth, an image that the
+                network refuses or answers with what is not finite, or too little memory (``PredictionError``).
         """
         return self.batch([image])[0]
 
@@ -112,7 +118,11 @@ class Predictor:
             if together:
                 return self._batch(pictures)
             return [self._one(picture) for picture in pictures]
-        except torch.OutOfMemoryError as error:
+        except ValueError as error:
+            raise PredictionError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             at_once = many(len(pictures) if together else 1, "image")
             raise PredictionError(
                 f"{self.device} has too little memory for {at_once} of {' x '.join(map(str, pictures[0].size))}; "
@@ -126,15 +136,11 @@ class Predictor:
         return not (self._probabilities or sliding_or_noisy or protocol.height or protocol.scales != (1.0,))
 
     def _batch(self, images: list[Image.Image]) -> list[Prediction]:
-        pixels = torch.stack([normalise(image) for image in images]).to(self.device)
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None),
-        ):
-            logits = self.model.predict_coarse(pixels).logits
+        pixels = [to_device(image, self.device) for image in images]
+        logits = coarse_logits(self.model, pixels, amp_dtype=self._amp_dtype, tile_batch=len(pixels))
         size = images[0].height, images[0].width
         # each image is one tile, which covers it
-        found = [ops.segment_tiles(each[None, None], [0], [0], size, size, confidence=True) for each in logits]
+        found = [ops.segment_tiles(each[None], [0], [0], size, size, confidence=True) for each in logits]
         return [self._prediction(image, *maps) for image, maps in zip(images, found, strict=True)]
 
     def _one(self, image: Image.Image) -> Prediction:
@@ -171,6 +177,15 @@ def to_rgb(image: Picture) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         raise PredictionError(f"image: expected 8 bits a channel, got mode {image.mode}")
     return upright(image).convert("RGB")
+
+
+def _check(amp_dtype: str, seed: int, tile_batch: int) -> None:
+    if amp_dtype not in AMP_TYPES:
+        raise PredictionError(f"amp_dtype: expected one of {', '.join(AMP_TYPES)}, got {amp_dtype!r}")
+    if tile_batch < 1:
+        raise PredictionError(f"tile_batch: expected at least 1, got {tile_batch}")
+    if seed < 0:
+        raise PredictionError(f"seed: expected at least 0, got {seed}")
 
 
 def _resolved(name: str) -> EvalProtocol:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from pmm_fast.data.inputs import Input, read_upright
 from pmm_fast.data.parallel import in_order
 from pmm_fast.data.videos import VideoReader, VideoWriter
 from pmm_fast.engine.predict import PredictionError, Predictor
-from pmm_fast.engine.predict_record import Record, Wanted, frame_name
+from pmm_fast.engine.predict_record import Line, Record, Wanted, frame_name, identity
 from pmm_fast.viz.predictions import Prediction
 
 # decoding an image or drawing and encoding one takes longer than a GPU needs for it
@@ -75,8 +76,13 @@ def _predict_images(predictor: Predictor, items: list[Input], wanted: Wanted, re
         try:
             read = in_order(readers, _read, items, batch + THREADS)
             for group in _groups(read, batch, failures, bar):
-                for item, prediction in _predict_group(predictor, group, failures, bar):
-                    waiting.append(writers.submit(_save, item, prediction, wanted, record))
+                found = _predict_batch(predictor, [each.image for each in group])
+                for each, prediction in zip(group, found, strict=True):
+                    if isinstance(prediction, PredictionError):
+                        failures.append(f"{each.item.path}: {prediction}")
+                        bar.update()
+                        continue
+                    waiting.append(writers.submit(_save, each, prediction, wanted, record))
                 while len(waiting) > batch + THREADS:
                     waiting.popleft().result()
                     bar.update()
@@ -90,52 +96,56 @@ def _predict_images(predictor: Predictor, items: list[Input], wanted: Wanted, re
     return failures
 
 
-Read = tuple[Input, Image.Image]
-
-
-def _read(item: Input) -> tuple[Input, Image.Image | DataError]:
+def _predict_batch(predictor: Predictor, images: Sequence[Image.Image]) -> Iterator[Prediction | PredictionError]:
+    """Predict images together or, where that fails, one by one: they may be too many at once."""
     try:
-        return item, read_upright(item.path)
+        yield from predictor.batch(images)
+        return
+    except PredictionError as error:
+        if len(images) == 1:
+            yield error
+            return
+    # outside of the handler, which holds on to what was on the device
+    for image in images:
+        yield from _predict_batch(predictor, [image])
+
+
+class Read(NamedTuple):
+    """An image, and which file it was."""
+
+    item: Input
+    identity: Line
+    image: Image.Image
+
+
+def _read(item: Input) -> Read | DataError:
+    # first: a file that is replaced in between is done again
+    which = identity(item)
+    try:
+        return Read(item, which, read_upright(item.path))
     except DataError as error:
-        return item, error
+        return error
 
 
-def _groups(
-    read: Iterable[tuple[Input, Image.Image | DataError]], most: int, failures: list[str], bar: tqdm
-) -> Iterator[list[Read]]:
+def _groups(read: Iterable[Read | DataError], most: int, failures: list[str], bar: tqdm) -> Iterator[list[Read]]:
     """Images of equal size that follow one another, ``most`` at most; those that cannot be read are failures."""
     group: list[Read] = []
-    for item, image in read:
-        if isinstance(image, DataError):
-            failures.append(str(image))
+    for each in read:
+        if isinstance(each, DataError):
+            failures.append(str(each))
             bar.update()
             continue
-        if group and (len(group) == most or group[0][1].size != image.size):
+        if group and (len(group) == most or group[0].image.size != each.image.size):
             yield group
             group = []
-        group.append((item, image))
+        group.append(each)
     if group:
         yield group
 
 
-def _predict_group(
-    predictor: Predictor, group: list[Read], failures: list[str], bar: tqdm
-) -> list[tuple[Input, Prediction]]:
-    try:
-        predictions = predictor.batch([image for _, image in group])
-    except PredictionError as error:
-        if len(group) > 1:
-            # too many at once, perhaps
-            return [pair for each in group for pair in _predict_group(predictor, [each], failures, bar)]
-        failures.append(f"{group[0][0].path}: {error}")
-        bar.update()
-        return []
-    return [(item, prediction) for (item, _), prediction in zip(group, predictions, strict=True)]
-
-
-def _save(item: Input, prediction: Prediction, wanted: Wanted, record: Record) -> None:
-    prediction.save(wanted.folder, item.name, wanted.kinds, wanted.alpha, wanted.ids)
-    record.add(item, prediction.pixels().tolist())
+def _save(read: Read, prediction: Prediction, wanted: Wanted, record: Record) -> None:
+    prediction.save(wanted.folder, read.item.name, wanted.kinds, wanted.alpha, wanted.ids)
+    record.add(read.item, read.identity, wanted, prediction.pixels().tolist())
 
 
 # --- videos -------------------------------------------------------------------------------------------------------
@@ -143,7 +153,7 @@ def _save(item: Input, prediction: Prediction, wanted: Wanted, record: Record) -
 
 def _predict_video(predictor: Predictor, item: Input, wanted: Wanted, record: Record, batch: int) -> None:
     pixels = np.zeros(predictor.space.num_classes, np.int64)
-    done = 0
+    done, which = 0, identity(item)
     with VideoReader(item.path) as video, ExitStack() as stack:
         films = {
             kind: stack.enter_context(VideoWriter(wanted.video_file(kind, item.name), video.rate))
@@ -152,7 +162,9 @@ def _predict_video(predictor: Predictor, item: Input, wanted: Wanted, record: Re
         bar = stack.enter_context(_bar(video.frames or None, Path(item.name).name, "frame"))
         frames = iter(video)
         while images := list(islice(frames, batch)):
-            for prediction in predictor.batch(images):
+            for prediction in _predict_batch(predictor, images):
+                if isinstance(prediction, PredictionError):
+                    raise prediction
                 for kind, film in films.items():
                     film.write(prediction.overlay(wanted.alpha) if kind == "overlay" else prediction.colours())
                 if wanted.framed:
@@ -161,7 +173,7 @@ def _predict_video(predictor: Predictor, item: Input, wanted: Wanted, record: Re
                 pixels += prediction.pixels()
                 done += 1
                 bar.update()
-    record.add(item, pixels.tolist(), done)
+    record.add(item, which, wanted, pixels.tolist(), done)
     if done < video.frames:
         print(f"{item.path}: {done} of about {video.frames} frames could be read", file=sys.stderr)
 

@@ -59,6 +59,11 @@ class Wanted:
         """The video of a kind."""
         return self.folder / kind / f"{name}.mp4"
 
+    def outputs(self, item: Input) -> set[str]:
+        """What is written of an input, in words: kinds, and ``KIND frames`` for pictures beside a video."""
+        pictures = self.filmed if self.frames and item.kind == "video" else ()
+        return {*self.kinds, *(f"{kind} frames" for kind in pictures)}
+
     def files(self, item: Input, frames: int = 0) -> list[Path]:
         """Every file of an input.
 
@@ -153,25 +158,33 @@ class Record:
     def line(self, item: Input) -> Line | None:
         """The line of an input, if it is the file that it was."""
         line = self._lines.get(item.name)
-        return line if line is not None and _identity(item).items() <= line.items() else None
+        return line if line is not None and identity(item).items() <= line.items() else None
 
     def done(self, item: Input, wanted: Wanted) -> bool:
         """Whether all that is wanted of an input is there."""
         line = self.line(item)
-        return line is not None and all(file.exists() for file in wanted.files(item, line["frames"]))
+        # files of other kinds may be those of another network or of an earlier original
+        if line is None or not wanted.outputs(item) <= {*line.get("kinds", ())}:
+            return False
+        return all(file.exists() for file in wanted.files(item, line["frames"]))
 
-    def add(self, item: Input, pixels: Sequence[int], frames: int = 0) -> None:
-        """Note that all outputs of an input are written; may be called from several threads.
+    def add(self, item: Input, read: Line, wanted: Wanted, pixels: Sequence[int], frames: int = 0) -> None:
+        """Note that all that is wanted of an input is written; may be called from several threads.
 
         Args:
             item: the input.
+            read: its :func:`identity` before it was read: it may be another file by now.
+            wanted: what was written; what is on record of the same file stays so.
             pixels: number of pixels of each class.
             frames: number of frames of a video.
 
         Raises:
             OSError: the record cannot be written.
         """
-        line = {"name": item.name, **_identity(item), "frames": frames, "pixels": list(pixels)}
+        before = self._lines.get(item.name, {})
+        known = before.get("kinds", ()) if read.items() <= before.items() else ()
+        kinds = sorted({*known, *wanted.outputs(item)})
+        line = {"name": item.name, **read, "kinds": kinds, "frames": frames, "pixels": list(pixels)}
         with self._lock, (self.folder / DONE_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             self._lines[item.name] = line
@@ -201,8 +214,8 @@ class Record:
         return lines
 
 
-def _identity(item: Input) -> Line:
-    """What tells whether a file is the one that it was; empty where there is none any more."""
+def identity(item: Input) -> Line:
+    """What tells whether a file is the one that it was: path, size and time; the path alone where there is none."""
     try:
         status = item.path.stat()
     except OSError:

@@ -6,7 +6,8 @@ What cannot be made says so in its place: ``EXCUSES`` are what that may be for.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -23,7 +24,7 @@ from pmm_fast.data.labels import LabelSpace
 from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.engine.build import amp_type
 from pmm_fast.engine.features import Features, collect_features, memory_slots, read_assignment
-from pmm_fast.engine.inference import image_seed, segment
+from pmm_fast.engine.inference import image_seed, is_out_of_memory, segment
 from pmm_fast.models import Segmentor
 from pmm_fast.viz.activation import OPACITY, activation, default_classes, viridis
 from pmm_fast.viz.comparison import Example, difference, difference_key
@@ -47,7 +48,8 @@ COLOURINGS: tuple[Literal["class"], Literal["domain"]] = ("class", "domain")
 """What the colour of a point in a t-SNE means, in turn."""
 
 EXCUSES = (ValueError, OSError, ImportError)
-"""What a section may run into that is no bug: data that are not here or damaged, packages that are not installed."""
+"""What a section may run into that is no bug: data that are not here or damaged, packages that are not installed, and
+what ``enough_memory`` makes of too little memory."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,26 @@ class Seen:
     problem: str = ""
 
 
+@contextmanager
+def enough_memory(device: torch.device) -> Iterator[None]:
+    """Makes an excuse of too little memory.
+
+    Args:
+        device: where is computed.
+
+    Raises:
+        ValueError: memory ran out; says what takes less.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{device} has too little memory; --eval.tile_batch 1, --amp and --protocol sliding take less"
+        ) from error
+
+
 def look_at(name: str, title: str, runs: Sequence[Run], config: Config, images: int, device: torch.device) -> Seen:
     """Have every network segment evenly spaced images of a domain.
 
@@ -107,16 +129,18 @@ def look_at(name: str, title: str, runs: Sequence[Run], config: Config, images: 
             image, labels = domain.load(index)
             predictions = []
             for run in runs:
-                found = segment(
-                    run.model,
-                    image,
-                    (image.height, image.width),
-                    protocol,
-                    device,
-                    amp_type(config),
-                    image_seed(config.seed, index),
-                )
-                predictions.append(found.classes.cpu().numpy())
+                with enough_memory(device):
+                    found = segment(
+                        run.model,
+                        image,
+                        (image.height, image.width),
+                        protocol,
+                        device,
+                        amp_type(config),
+                        image_seed(config.seed, index),
+                        tile_batch=config.eval.tile_batch,
+                    )
+                    predictions.append(found.classes.cpu().numpy())
             examples.append(Example(domain.pairs[index][0].stem, image, labels, predictions))
     except EXCUSES as error:
         return Seen(name, title, problem=str(error))
@@ -218,7 +242,11 @@ def memory_blocks(runs: Sequence[Run], seen: Sequence[Seen], space: LabelSpace, 
             ),
         ]
     for domain in seen:
-        blocks += [_activation_gallery(run, domain, space, config) for run in with_memory if domain.examples]
+        for run in with_memory if domain.examples else ():
+            try:
+                blocks.append(_activation_gallery(run, domain, space, config))
+            except EXCUSES as error:
+                blocks.append(Note(f"Nothing of {run.name} on {domain.title}: {error}"))
         if with_memory and domain.problem:
             blocks.append(_unread(domain))
     return blocks
@@ -247,7 +275,8 @@ def describe_slots(slots: np.ndarray, classes: Sequence[str]) -> str:
 def _activation_gallery(run: Run, domain: Seen, space: LabelSpace, config: Config) -> Gallery:
     image = domain.examples[0].image
     device = next(run.model.parameters()).device
-    assignment = read_assignment(run.model, image, device, amp_type(config))
+    with enough_memory(device):
+        assignment = read_assignment(run.model, image, device, amp_type(config))
     height = max(1, round(MAP_WIDTH * image.height / image.width))
     small = image.resize((MAP_WIDTH, height), Image.Resampling.LANCZOS)
     maps, where = activation(assignment, (height, MAP_WIDTH)), f"{domain.examples[0].title} of {domain.title}"
@@ -284,14 +313,15 @@ def feature_blocks(runs: Sequence[Run], seen: Sequence[Seen], space: LabelSpace,
 
 
 def _unread(domain: Seen) -> Note:
-    return Note(f"Nothing of {domain.title}: it could not be read (see Examples).")
+    return Note(f"Nothing of {domain.title}: it could not be read or segmented (see Examples).")
 
 
 def _features(run: Run, seen: Seen, config: Config) -> Features:
     domain = open_domain(seen.name, config.data, "val")
     device = next(run.model.parameters()).device
     chosen = evenly_spaced(len(domain), FEATURE_IMAGES)
-    return collect_features(run.model, domain, chosen, device, amp_type(config), progress=False)
+    with enough_memory(device):
+        return collect_features(run.model, domain, chosen, device, amp_type(config), progress=False)
 
 
 def _embedding_gallery(

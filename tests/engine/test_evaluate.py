@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pmm_fast.config import EvalConfig
+from pmm_fast.data.files import DataError
 from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.engine import mapillary
 from pmm_fast.engine.evaluate import DomainResult, evaluate_domain, write_results
@@ -94,16 +95,21 @@ def test_evenly_spaced() -> None:
 
 
 def test_errors_name_domain_and_sample() -> None:
-    with pytest.raises(ValueError, match="domain 'primary' has no images"):
+    with pytest.raises(DataError, match="domain 'primary' has no images"):
         evaluate_domain(Network(), Memory(size=0), 3, EvalConfig(), CPU, progress=False)
     with pytest.raises(ValueError, match="the network has 3 classes, the labels 4"):
         evaluate_domain(Network(), Memory(), 4, EvalConfig(), CPU, progress=False)
     domain, network = Memory(), Network().train()
     domain.labels[2] = np.full((6, 8), 2, np.uint8)
     domain.load = lambda index: (random_image(6, 8), domain.labels[index] + (3 if index == 2 else 0))  # type: ignore
-    with pytest.raises(ValueError, match="domain 'primary', sample 2: confusion_matrix: label holds 5, expected"):
+    with pytest.raises(DataError, match="domain 'primary', sample 2: confusion_matrix: label holds 5, expected"):
         evaluate_domain(network, domain, 3, EvalConfig(), CPU, progress=False)
     assert network.training
+    # a network's fault is none of the domain
+    network.num_classes = 257
+    with pytest.raises(ValueError, match="domain 'primary', sample 0: segment: the network must have") as caught:
+        evaluate_domain(network, Memory(), 257, EvalConfig(), CPU, progress=False)
+    assert not isinstance(caught.value, DataError)
 
 
 def test_several_domains() -> None:

@@ -25,6 +25,7 @@ from pmm_fast.models.blocks import AuxHead, Stages, conv_bn_relu
 from pmm_fast.models.conv import Conv2d
 from pmm_fast.models.deeplabv3plus import DeepLabV3PlusDecoder, DeepLabV3PlusEncoder
 from tests import repository
+from tests.tiny_network import fill_memory
 
 CLASSES, CHANNELS, STRIDE = 7, 8, 16
 
@@ -212,6 +213,54 @@ def test_a_file_that_cannot_be_written_is_not_left(
     with pytest.raises(ExportError, match=r"a.pt2: could not be written \((.*No space left.*|unexpected pos 704)\)$"):
         export_model(model, tmp_path / "a.pt2", size=(40, 56))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [(export.tempfile, "TemporaryDirectory"), (export.os, "replace")])
+def test_a_folder_that_cannot_be_written_to(
+    model: Segmentor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[object, str]
+) -> None:
+    def fail(*_: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(export, "_trace", lambda *_: None)
+    monkeypatch.setattr(export, "_write", lambda program, path, *_: path.write_text("right"))
+    monkeypatch.setattr(export, "_open", lambda *_: lambda images: model(images).logits)
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(ExportError, match=r"a.pt2: could not be written \(.*Permission denied\)$"):
+        export_model(model, tmp_path / "a.pt2", size=(40, 56))
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_is_no_fault_of_the_file(
+    model: Segmentor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_trace", lambda *_: None)
+    monkeypatch.setattr(export, "_write", lambda program, path, *_: path.write_text("right"))
+    monkeypatch.setattr(export, "_open", lambda *_: None)
+    # while it is written, in the file, in the network
+    for place, full in (("_write", fill_memory), ("_open", lambda *_: fill_memory), ("_check", fill_memory)):
+        with monkeypatch.context() as patch:
+            patch.setattr(export, place, full)
+            with pytest.raises(ExportError, match="export: too little memory for images of 40 x 56; a smaller"):
+                export_model(model, tmp_path / "a.pt2", size=(40, 56))
+    # what is no want of memory is a bug
+    monkeypatch.setattr(export, "_check", lambda *_: raising(torch.empty(0)))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        export_model(model, tmp_path / "a.pt2", size=(40, 56))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_all_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_network()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.zero_()
+    monkeypatch.setattr(export, "_trace", lambda *_: None)
+    monkeypatch.setattr(export, "_write", lambda program, path, *_: path.write_text("right"))
+    monkeypatch.setattr(export, "_open", lambda *_: lambda images: model(images).logits)
+    report = export_model(model, tmp_path / "a.pt2", size=(40, 56), static=True)
+    assert report.checks == (export.Check((1, 3, 40, 56), 0.0, 1.0),)
 
 
 class FixedDecoder(nn.Module):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pmm_fast import ops
 from pmm_fast.data import normalise
 from pmm_fast.engine.features import collect_features, memory_slots, read_assignment
 from pmm_fast.models import Segmentor, build_model
@@ -128,3 +129,17 @@ def test_an_image_without_labels_gives_no_points(model: Segmentor) -> None:
 
     found = collect_features(model, Unlabelled(), [0, 1], CPU, progress=False)
     assert found.points.shape == (0, 8) and found.classes.shape == (0,)
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+def test_the_network_gets_normalised_images_and_the_device_bytes(
+    model: Segmentor, monkeypatch: pytest.MonkeyPatch, amp_dtype: torch.dtype | None
+) -> None:
+    bytes_seen, images_seen, photometric, image = [], [], ops.photometric, Domain().load(0)[0]
+    monkeypatch.setattr(ops, "photometric", lambda *a: (bytes_seen.append(a[0].dtype), photometric(*a))[1])
+    handle = model.encoder.register_forward_pre_hook(lambda module, arguments: images_seen.append(arguments[0]))
+    collect_features(model, Domain(), [0], CPU, amp_dtype, progress=False)
+    read_assignment(model, image, CPU, amp_dtype)
+    handle.remove()
+    assert bytes_seen == [torch.uint8] * 2 and len(images_seen) == 2
+    assert all(torch.equal(seen, normalise(image)[None]) for seen in images_seen)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from pmm_fast import ops
 from pmm_fast.config import EVAL_PROTOCOLS, EvalProtocol
 from pmm_fast.data import normalise
-from pmm_fast.engine.inference import image_seed, predict_logits, segment, tile_starts
+from pmm_fast.engine.inference import image_seed, is_out_of_memory, predict_logits, segment, tile_starts
 from pmm_fast.models import Segmentor, build_model
 from tests.engine import plain_evaluation as plain
+from tests.tiny_network import fill_memory
 from tests.tolerances import MERGED_LOGITS, relative_error
 
 CPU = torch.device("cpu")
@@ -296,3 +297,43 @@ def test_mixed_precision_is_on_in_the_network_and_over_after_it() -> None:
 def test_an_image_that_is_not_rgb_is_refused() -> None:
     with pytest.raises(ValueError, match="image: expected mode RGB, got L"):
         segment(Network(pointwise), random_image(4, 6).convert("L"), (4, 6), WHOLE, CPU)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "calls"), [(WHOLE, 1), (replace(WHOLE, scales=(0.5, 1.0)), 2), (replace(SLIDING, crop=6), 6)]
+)
+@pytest.mark.parametrize(
+    ("amp_dtype", "hint"), [(None, "not finite$"), (torch.float16, "not finite; they overflow in fp16: .* bf16")]
+)
+def test_logits_that_are_not_finite_are_refused(
+    protocol: EvalProtocol, calls: int, amp_dtype: torch.dtype | None, hint: str
+) -> None:
+    def broken_at_last(images: Tensor) -> Tensor:
+        logits = images.clone()
+        if len(network.shapes) == calls:
+            logits[0, -1, -1, -1] = torch.inf
+        return logits
+
+    network = Network(broken_at_last)
+    with pytest.raises(ValueError, match=f"the network gives logits that are {hint}"):
+        segment(network, random_image(10, 14), (10, 14), protocol, CPU, amp_dtype, tile_batch=1)
+    assert len(network.shapes) == calls
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5)])
+def test_more_classes_than_fit_eight_bits_are_refused(scales: tuple[float, ...]) -> None:
+    network = Network(lambda images: images[:, :1].repeat(1, network.num_classes, 1, 1))
+    protocol, image = replace(WHOLE, scales=scales), random_image(4, 6)
+    network.num_classes = 257
+    with pytest.raises(ValueError, match="segment: the network must have at most 256 classes, got 257"):
+        segment(network, image, (4, 6), protocol, CPU)
+    network.num_classes = 256
+    assert segment(network, image, (4, 6), protocol, CPU).classes.shape == (4, 6)
+
+
+def test_too_little_memory_is_known_on_every_device() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        fill_memory()
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("bad_alloc"))

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 import pmm_fast
+from pmm_fast import ops
 from pmm_fast.config import EVAL_PROTOCOLS, ConfigError
 from pmm_fast.data import normalise
 from pmm_fast.engine import predict
 from pmm_fast.engine.predict import PredictionError, Predictor
-from tests.tiny_network import noise, save_network, tiny_network
+from tests.tiny_network import fill_memory, noise, save_network, tiny_network
 from tests.tolerances import MERGED_LOGITS
 
 SIZE = (37, 50)
@@ -153,10 +154,53 @@ def test_wrong_networks(tmp_path, predictor):
         Predictor(tmp_path / "image.png")
 
 
-def test_too_little_memory(predictor, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"amp_dtype": "float16"}, "amp_dtype: expected one of bf16, fp16, got 'float16'"),
+        ({"tile_batch": 0}, "tile_batch: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments(predictor, arguments, reason):
+    with pytest.raises(PredictionError, match=reason):
+        Predictor(predictor.model, "cpu", **arguments)
 
-    monkeypatch.setattr(predictor.model, "predict_coarse", refuse)
+
+def raising(error: Exception):
+    def refuse(*_: object) -> None:
+        raise error
+
+    return refuse
+
+
+@pytest.mark.parametrize("full", [raising(torch.OutOfMemoryError("CUDA out of memory")), fill_memory])
+def test_too_little_memory(predictor, monkeypatch, full):
+    monkeypatch.setattr(predictor.model, "predict_coarse", full)
     with pytest.raises(PredictionError, match=r"cpu has too little memory for 1 image of 50 x 37; smaller"):
         predictor(noise(*SIZE))
+    with pytest.raises(PredictionError, match=r"cpu has too little memory for 2 images of 50 x 37; smaller"):
+        predictor.batch([noise(*SIZE)] * 2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_the_network_cannot_predict(predictor, monkeypatch, count):
+    images = [noise(*SIZE)] * count
+    monkeypatch.setattr(predictor.model, "predict_coarse", raising(ValueError("maps of two positions or more")))
+    with pytest.raises(PredictionError, match="maps of two positions"):
+        predictor.batch(images)
+    monkeypatch.setattr(predictor.model, "predict_coarse", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        predictor.batch(images)
+    monkeypatch.undo()
+    network = tiny_network()
+    network.memory.slots[3] = torch.nan
+    with pytest.raises(PredictionError, match="the network gives logits that are not finite"):
+        Predictor(network, "cpu").batch(images)
+
+
+def test_bytes_go_to_the_device(predictor, monkeypatch):
+    seen, photometric = [], ops.photometric
+    monkeypatch.setattr(ops, "photometric", lambda *a: (seen.append(a[0].dtype), photometric(*a))[1])
+    predictor.batch([noise(*SIZE)] * 2)
+    assert seen == [torch.uint8] * 2
