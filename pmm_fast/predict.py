@@ -11,6 +11,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,13 +68,16 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = Path(own.checkpoint).expanduser()
     settings = _settings(own, config, checkpoint)
     wanted, items = _asked(own, config, checkpoint)
-    record = _open_record(own, wanted, settings, items)
-    todo = [item for item in items if own.overwrite or not record.done(item, wanted)]
-    if len(todo) < len(items):
-        print(f"{len(items) - len(todo)} of {len(items)} are done already in {wanted.folder}, skipped", file=sys.stderr)
-    predictor = _load(checkpoint, config, wanted)
-    record.begin(settings, {"checkpoint": str(checkpoint), "classes": predictor.space.classes, "version": __version__})
-    _predict(predictor, todo, items, wanted, record, own.batch)
+    check_writable(wanted.folder)
+    with _alone_in(wanted.folder):
+        record = _open_record(own, wanted, settings, items)
+        todo = [item for item in items if own.overwrite or not record.done(item, wanted)]
+        if done := len(items) - len(todo):
+            print(f"{done} of {len(items)} are done already in {wanted.folder}, skipped", file=sys.stderr)
+        predictor = _load(checkpoint, config, wanted)
+        classes = predictor.space.classes
+        record.begin(settings, {"checkpoint": str(checkpoint), "classes": classes, "version": __version__})
+        _predict(predictor, todo, items, wanted, record, own.batch)
 
 
 def _parser() -> Parser:
@@ -80,7 +85,7 @@ def _parser() -> Parser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a run, or a checkpoint file")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image, video, folder, or pattern in quotes (a/*.png)")
     add = parser.own.add_argument
-    add("--out", metavar="DIR", help="where to write [predictions, beside the checkpoint]")
+    add("--out", metavar="DIR", help="where to write [predictions in a run, NAME_predictions beside another file]")
     add(
         "--save",
         nargs="+",
@@ -191,10 +196,24 @@ def _asked(own: argparse.Namespace, config: Config, checkpoint: Path) -> tuple[W
     return Wanted(out, tuple(dict.fromkeys(own.save)), own.alpha, own.ids, own.frames), items
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder of the outputs against a second run, which would mix two networks in it."""
+    from pmm_fast.data.parallel import held
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(folder / ".lock", folder):
+            yield
+    finally:
+        # only an empty folder goes
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def _open_record(own: argparse.Namespace, wanted: Wanted, settings: dict[str, Any], items: list[Input]) -> Record:
     from pmm_fast.engine.predict_record import Record
 
-    check_writable(wanted.folder)
     record = Record(wanted.folder)
     if not own.overwrite:
         record.check(settings, items)

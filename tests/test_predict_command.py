@@ -17,7 +17,9 @@ from torch import Tensor
 
 from pmm_fast import predict as program
 from pmm_fast.config import run_main
+from pmm_fast.data.files import DataError
 from pmm_fast.data.videos import VideoReader, VideoWriter
+from pmm_fast.engine import predict_record
 from pmm_fast.engine.predict import PredictionError, Predictor
 from pmm_fast.engine.predict_record import DONE_FILE, SETTINGS_FILE
 from pmm_fast.models import Segmentor
@@ -238,6 +240,20 @@ def test_a_full_disk_stops_it(run, monkeypatch):
     assert sorted(done(out)) == sorted(path.stem for path in written) and len(files(out)) == 4
     run()
     assert sorted(done(out)) == sorted(NAMES)
+
+
+def test_one_run_at_a_time(run, photos, tmp_path, monkeypatch):
+    begin = predict_record.Record.begin
+
+    def meanwhile(record, *arguments):
+        begin(record, *arguments)
+        with pytest.raises(DataError, match=f"another run is writing {record.folder}"):
+            run()
+
+    monkeypatch.setattr(predict_record.Record, "begin", meanwhile)
+    run()
+    # the lock goes with the run
+    assert not list(tmp_path.rglob(".lock"))
 
 
 def test_predictions_are_not_mixed(run, photos, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
@@ -9,11 +10,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import connection, get_all_start_methods, get_context, parent_process
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from pmm_fast.data.files import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -92,3 +97,29 @@ def in_order(
         result = begun.popleft().result()
         begun.extend(pool.submit(function, item) for item in islice(rest, 1))
         yield result
+
+
+@contextmanager
+def held(path: Path, folder: Path) -> Iterator[None]:
+    """Hold a folder against a second run, by a lock file; the system lets go of it however this run ends.
+
+    Args:
+        path: the lock file, in a folder that exists.
+        folder: what is held, for the message.
+
+    Raises:
+        DataError: another run holds it.
+    """
+    # to be written to, though nothing is: network file systems lock nothing else
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a run that was about to end may have removed what was opened here
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError
+        except BlockingIOError:
+            raise DataError(f"another run is writing {folder}") from None
+        try:
+            yield
+        finally:
+            path.unlink()

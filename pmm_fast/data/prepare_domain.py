@@ -6,11 +6,9 @@ begun with, and ``prepared.json``, written last, what it holds.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from pmm_fast.data.convert_files import PART, Images, PairWriter, remove_parts, 
 from pmm_fast.data.datasets import get_dataset
 from pmm_fast.data.files import DataError
 from pmm_fast.data.listing import Listing, list_domain
-from pmm_fast.data.parallel import for_each
+from pmm_fast.data.parallel import for_each, held
 from pmm_fast.data.scan import OPTIONS, PARTIAL, PREPARED, Split, read_prepared
 from pmm_fast.data.survey import Fault, known_count, listing_faults, restrict, root_of, sound_keys, space_faults
 
@@ -126,7 +124,8 @@ def prepare_domain(
     options = _options(folder.name, listings, settings)
     by_name = [fault for listing in listings.values() for fault in listing_faults(listing)]
     partial = folder.with_name(folder.name + PARTIAL)
-    with _alone(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder.with_name(f".{folder.name}.lock"), folder):
         if folder.exists():
             _compare(folder, options)
             _refuse_strays(folder, listings, by_name, settings)
@@ -302,26 +301,6 @@ def _in_words(options: Mapping[str, Any]) -> dict[str, str]:
         "layout": str(options["layout"]),
         "format": str(options["format"]),
     }
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder against a second run, by a file beside it; the system lets go of the lock however this run ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    # to be written to, though nothing is: network file systems lock nothing else
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # a run that was about to end may have removed what was opened here
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError
-        except BlockingIOError:
-            raise DataError(f"another run is writing {folder}") from None
-        try:
-            yield
-        finally:
-            path.unlink()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

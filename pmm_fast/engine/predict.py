@@ -78,8 +78,16 @@ class Predictor:
         self.protocol = _resolved(protocol) if isinstance(protocol, str) else protocol
         model = path_or_model if isinstance(path_or_model, Segmentor) else checkpoint.load(path_or_model)
         if model.label_space is None:
-            raise PredictionError("the network does not say which classes it was trained for: set its label_space")
+            raise PredictionError(
+                "the network does not say which classes it was trained for: set its label_space, or give the file one "
+                "with  python -m pmm_fast.convert IN OUT --label-space NAME"
+            )
         self.space = get_space(model.label_space)
+        if self.space.num_classes != model.num_classes:
+            raise PredictionError(
+                f"the network has {model.num_classes} classes, its label space {model.label_space} "
+                f"{self.space.num_classes}"
+            )
         self.model = model.to(self.device).eval()
         self._amp_dtype = AMP_TYPES[amp_dtype] if amp else None
         self._probabilities, self._seed, self._tile_batch = probabilities, seed, tile_batch

@@ -149,6 +149,9 @@ def test_wrong_networks(tmp_path, predictor):
     nameless.label_space = None
     with pytest.raises(PredictionError, match=r"does not say which classes"):
         Predictor(nameless)
+    nameless.label_space = "camvid11" if nameless.num_classes != 11 else "cityscapes19"
+    with pytest.raises(PredictionError, match=rf"the network has {nameless.num_classes} classes, its label space"):
+        Predictor(nameless)
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     with pytest.raises(ValueError, match=r"image.png: no checkpoint.*PNG"):
         Predictor(tmp_path / "image.png")
