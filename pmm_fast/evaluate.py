@@ -7,11 +7,14 @@ python -m pmm_fast.evaluate weights.safetensors --data.root /data --data.unseen 
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pmm_fast.config import (
@@ -25,7 +28,8 @@ from pmm_fast.config import (
     run_main,
     validate,
 )
-from pmm_fast.config.runs import common_folder, run_names
+from pmm_fast.config.eval_protocols import describe_eval
+from pmm_fast.config.runs import check_writable, common_folder, run_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,18 +96,50 @@ def main(argv: list[str] | None = None) -> None:
     names = run_names(own.runs)
     runs, config = load_runs(names, options)
     domains = open_domains(config)
-    out = Path(own.out) if own.out else common_folder([run.folder for run in runs]) / "evaluation"
+    out = Path(own.out) if own.out else default_out([run.folder for run in runs], config.eval.limit)
     # before testing, which may take hours
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     tested: list[Tested] = []
-    for domain in domains:
-        tested.append(evaluate_on(runs, domain, config))
-        # what is known so far outlives whatever happens to the next one
-        write_scores(out, runs, config, tested)
+    try:
+        for domain in domains:
+            tested.append(evaluate_on(runs, domain, config))
+            # what is known so far outlives whatever happens to the next one
+            write_scores(out, runs, config, tested)
+    finally:
+        # also where it cannot be written
+        if tested:
+            print(f"{scores_table(runs, config, tested)}\n\n{describe_test(config)}", flush=True)
     write_report(out, runs, config, tested)
     print(f"\nwritten to {out}")
     if failures := [failure for each in tested for failure in each.failures]:
         raise IncompleteError(f"not tested to the end: {'; '.join(failures)}")
+
+
+def default_out(folders: list[Path], limit: int) -> Path:
+    """Where to write without ``--out``: ``evaluation`` beside the runs.
+
+    A test on a few images does not replace one on all of them: it goes to ``evaluation_limit_N`` then, and a line on
+    stderr says so.
+
+    Args:
+        folders: those of the runs.
+        limit: images a domain at most; 0: all.
+    """
+    out = common_folder(folders) / "evaluation"
+    if not limit or not _holds_all_images(out / "results.json"):
+        return out
+    few = out.with_name(f"{out.name}_limit_{limit}")
+    print(f"{out} holds a test on all images; this one on a few is written to {few}", file=sys.stderr)
+    return few
+
+
+def _holds_all_images(file: Path) -> bool:
+    """Whether a file has the scores of a test without a limit."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["settings"]["eval"]["limit"] == 0
+    except (OSError, ValueError, KeyError, TypeError):
+        # there is none, or nothing in it that could be lost
+        return False
 
 
 # --- before the test ----------------------------------------------------------------------------------------------
@@ -274,22 +310,33 @@ def write_scores(out: Path, runs: list[Run], config: Config, tested: list[Tested
     write_results(results, out, classes, config.data.unseen, settings, config.eval.protocol)
 
 
-def write_report(out: Path, runs: list[Run], config: Config, tested: list[Tested]) -> None:
-    """Print the table, write it with those of the classes into ``results.md``, and draw the pictures."""
-    from pmm_fast.config.eval_protocols import describe_eval
-    from pmm_fast.data.convert_files import write_whole
-    from pmm_fast.data.labels import get_space
-    from pmm_fast.viz.tables import class_table, results_table
+def describe_test(config: Config) -> str:
+    """How it was tested, in a sentence."""
+    few = f", at most {config.eval.limit} images a domain" if config.eval.limit else ""
+    return f"Protocol {config.eval.protocol}: {describe_eval(resolve_protocol(config.eval))}{few}."
 
-    classes, sources, unseen = get_space(config.data.label_space).classes, config.data.sources, config.data.unseen
+
+def scores_table(runs: list[Run], config: Config, tested: list[Tested], markdown: bool = False) -> str:
+    """The mIoU of every run and domain; what was not tested has a dash."""
+    from pmm_fast.viz.tables import results_table
+
     scores = {
         run.name: {
             each.domain.name: each.results[run.name].confusion.miou() for each in tested if run.name in each.results
         }
         for run in runs
     }
-    about = f"Protocol {config.eval.protocol}: {describe_eval(resolve_protocol(config.eval))}."
-    report = ["# mIoU", about, results_table(scores, sources, unseen, markdown=True)]
+    return results_table(scores, config.data.sources, config.data.unseen, markdown=markdown)
+
+
+def write_report(out: Path, runs: list[Run], config: Config, tested: list[Tested]) -> None:
+    """Write the table with those of the classes into ``results.md``, and draw the pictures."""
+    from pmm_fast.data.convert_files import write_whole
+    from pmm_fast.data.labels import get_space
+    from pmm_fast.viz.tables import class_table
+
+    classes = get_space(config.data.label_space).classes
+    report = ["# mIoU", describe_test(config), scores_table(runs, config, tested, markdown=True)]
     for each in tested:
         iou = {name: result.confusion.iou().tolist() for name, result in each.results.items()}
         if iou:
@@ -299,7 +346,6 @@ def write_report(out: Path, runs: list[Run], config: Config, tested: list[Tested
     for each in tested:
         _draw(out, runs, config, each)
     _draw_curves(out, runs)
-    print(results_table(scores, sources, unseen))
 
 
 def _draw(out: Path, runs: list[Run], config: Config, tested: Tested) -> None:
@@ -311,10 +357,16 @@ def _draw(out: Path, runs: list[Run], config: Config, tested: Tested) -> None:
     space, domain = get_space(config.data.label_space), tested.domain.name
     for name, result in tested.results.items():
         picture = draw_confusion(result.confusion.matrix.numpy(), space.classes, f"{name} on {domain}")
-        picture.save(out / f"confusion_{_file_name(name)}_{_file_name(domain)}.png")
+        _save(picture, out / f"confusion_{_file_name(name)}_{_file_name(domain)}.png")
     if tested.examples:
         picture = draw_comparison(tested.examples, [run.name for run in runs], space)
-        picture.save(out / f"overlays_{_file_name(domain)}.png")
+        _save(picture, out / f"overlays_{_file_name(domain)}.png")
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    from pmm_fast.data.convert_files import write_whole
+
+    write_whole(path, lambda part: picture.save(part, "PNG"))
 
 
 def _file_name(name: str) -> str:
@@ -322,6 +374,7 @@ def _file_name(name: str) -> str:
 
 
 def _draw_curves(out: Path, runs: list[Run]) -> None:
+    from pmm_fast.data.convert_files import write_whole
     from pmm_fast.engine.logging import FILE_NAME
     from pmm_fast.viz.curves import plot_curves
 
@@ -329,7 +382,10 @@ def _draw_curves(out: Path, runs: list[Run]) -> None:
     if not logs:
         return
     try:
-        plot_curves(logs, out / "curves.png")
+        # matplotlib goes by the end of the name
+        with TemporaryDirectory(prefix=".curves-", dir=out) as folder:
+            drawn = Path(folder) / "curves.png"
+            write_whole(out / "curves.png", lambda part: os.replace(plot_curves(logs, drawn), part))
     except (ImportError, ValueError) as error:
         # the scores are what was asked for
         print(f"no training curves: {error}", file=sys.stderr)

@@ -8,7 +8,6 @@ python -m pmm_fast.predict checkpoint.pt photos --protocol sliding --eval.flip -
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from pmm_fast.config import (
     run_main,
     validate,
 )
+from pmm_fast.config.runs import check_writable
 
 if TYPE_CHECKING:
     from pmm_fast.data.inputs import Input
@@ -140,21 +140,6 @@ def print_classes(checkpoint: str) -> None:
     print(f"{name}, {space.num_classes} classes")
     for index, (label, colour) in enumerate(zip(space.classes, space.colours, strict=True)):
         print(f"{index:3}  #{bytes(colour).hex()}  {label}")
-
-
-def check_writable(folder: Path) -> None:
-    """Try whether a folder can be written, or made; nothing is left behind.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    there = next(level for level in (folder, *folder.absolute().parents) if level.exists())
-    trial = there / f".{os.getpid()}.trial"
-    try:
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ConfigError(f"--out: {folder} cannot be written: {error.strerror}") from error
 
 
 def _settings(own: argparse.Namespace, config: Config, checkpoint: Path) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from pmm_fast.config import Config, ConfigError, Parser, from_dict, refuse_several_processes, run_main, validate
 from pmm_fast.config.eval_protocols import forget_protocol
-from pmm_fast.config.runs import common_folder, run_names
+from pmm_fast.config.runs import check_writable, common_folder, run_names
 
 PROG = "python -m pmm_fast.report"
 DESCRIPTION = (
@@ -91,14 +90,13 @@ def prepare_out(out: str | None, places: list[Path]) -> Path:
         places: of the runs (``config.runs.run_place``).
 
     Raises:
-        OSError: the folder cannot be made, or nothing can be written there.
+        ConfigError: the folder cannot be made, or nothing can be written there.
     """
     path = Path(out).expanduser() if out else common_folder([p if p.is_dir() else p.parent for p in places])
     file = path / FILE_NAME if path.is_dir() or path.suffix.lower() not in (".html", ".htm") else path
+    check_writable(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # the only sure way to know
-    with TemporaryFile(dir=file.parent):
-        return file
+    return file
 
 
 if __name__ == "__main__":

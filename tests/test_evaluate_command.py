@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +78,8 @@ def test_runs_are_compared(trained: Path, tmp_path: Path, pictures: None, capsys
         "beta": ("source", 3),
         "gamma": ("unseen", 3),
     }
+    told = "Protocol whole: whole images at their own size, at most 3 images a domain."
+    assert told in lines and told in (tmp_path / "out/results.md").read_text().splitlines()
     shown = f"{100 * stored['runs']['pinmem']['gamma']['miou']:.1f}"
     assert shown in lines[3].split()
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -105,6 +109,28 @@ def test_written_beside_the_runs_by_default(trained: Path, capsys: pytest.Captur
     assert (trained / "runs/agg/evaluation/results.csv").is_file()
     assert capsys.readouterr().out.splitlines()[0].split() == ["mIoU", "%", "gamma"]
     shutil.rmtree(trained / "runs/agg/evaluation")
+
+
+def test_a_quick_test_does_not_replace_a_full_one(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = [str(trained / "runs/agg"), "--data.sources"], trained / "runs/agg/evaluation"
+    few = trained / "runs/agg/evaluation_limit_2"
+    for limit in ("1", "0", "2", "0"):
+        program.main([*run, "--eval.limit", limit])
+        output = capsys.readouterr()
+        assert ("at most" in output.out) == (limit != "0")
+        # a quick test is replaced
+        images = scores(folder)["runs"]["agg"]["gamma"]["images"]
+        assert images == (1 if limit == "1" else 4)
+        assert (f"{folder} holds a test on all images; this one on a few is written to {few}\n" in output.err) == (
+            limit == "2"
+        )
+    assert scores(few)["runs"]["agg"]["gamma"]["images"] == 2
+    program.main([*run, "--eval.limit", "1", "--out", str(folder)])
+    assert scores(folder)["settings"]["eval"]["limit"] == 1
+    (folder / "results.json").write_text("{}")
+    assert program.default_out([folder.parent], 1) == folder
+    shutil.rmtree(folder)
+    shutil.rmtree(few)
 
 
 # --- protocols ----------------------------------------------------------------------------------------------------
@@ -224,6 +250,40 @@ def test_what_is_known_is_written_before_the_next_domain(
     with pytest.raises(KeyboardInterrupt):
         program.main([str(trained / "runs/agg"), "--out", str(tmp_path)])
     assert list(scores(tmp_path)["runs"]["agg"]) == ["alpha"]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_test(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "evaluate_on", lambda *_: pytest.fail("it was tested"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^--out: .*/file/e cannot be written: Not a directory$"):
+        program.main([str(trained / "runs/agg"), "--out", str(tmp_path / "file/e")])
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.md", "confusion_agg_gamma.png", "curves.png"])
+def test_a_full_disk_is_told_with_the_file_after_the_table(
+    trained: Path,
+    tmp_path: Path,
+    pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    if name == "curves.png":
+        pytest.importorskip("matplotlib")
+    replace = os.replace
+
+    def full(source: str | Path, target: str | Path) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/{name}'"):
+        program.main([str(trained / "runs/agg"), "--data.sources", "--eval.limit", "1", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2].startswith("agg ")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".") or path.name == name]
 
 
 def gpu_is_full(*arguments: object, **options: object) -> None:

@@ -142,7 +142,7 @@ def test_what_cannot_be_made_is_told_and_the_rest_is_made(
     monkeypatch.setattr(data_folder, "list_domain", only("alpha", "beta"))
     found = made(tmp_path / "out.html", str(root / "pinmem"))
     assert "pinmem has been trained on since it was tested; new scores are made by" in found.text
-    assert "No training log of pinmem: " in found.text
+    assert f"No training log of pinmem: no metrics.jsonl in {root / 'pinmem'}" in found.text
     assert "No t-SNE: t-SNE needs scikit-learn: pip install 'pmm_fast[viz]'" in found.text
     assert found.text.count("No pictures: gamma is not here") == 1
     assert found.text.count("Nothing of gamma: it could not be read or segmented (see Examples).") == 2
@@ -248,9 +248,9 @@ def other_classes(folder: Path) -> Path:
         (None, "--imags 2", "command line: unknown option --imags; did you mean --images? (see --help)"),
         (None, "--protocol hole", "eval.protocol: expected one of whole, "),
         (None, "--device gpu", "device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
-        (None, "--out RUN/checkpoint.pt/x.html", "RUN/checkpoint.pt"),
+        (None, "--out RUN/checkpoint.pt/x.html", "--out: RUN/checkpoint.pt cannot be written: Not a directory"),
         # nobody may write there, not even root
-        (None, "--out /proc/report.html", "/proc"),
+        (None, "--out /proc/report.html", "--out: /proc cannot be written: "),
     ],
 )
 def test_mistakes(

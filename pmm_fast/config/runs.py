@@ -44,6 +44,21 @@ def run_names(paths: Sequence[str]) -> dict[str, Path]:
     return {name: Path(path).expanduser().resolve() for name, path in zip(unique_ends(places), paths, strict=True)}
 
 
+def check_writable(folder: Path) -> None:
+    """Try whether a folder of ``--out`` can be written, or made; nothing is left behind.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    there = next(level for level in (folder, *folder.absolute().parents) if level.exists())
+    trial = there / f".{os.getpid()}.trial"
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out: {folder} cannot be written: {error.strerror}") from error
+
+
 def common_folder(folders: Sequence[Path]) -> Path:
     """The deepest folder that holds all these absolute folders; of one folder, that folder."""
     return Path(os.path.commonpath(folders))

@@ -137,8 +137,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         os.replace(part, path)
     except OSError as error:
-        # a full disk is told by what writes into an open file, which knows no name
-        if error.filename is not None:
+        # a full disk is told by what writes into an open file, which knows no name; the part's means nothing to anybody
+        if error.filename not in (None, str(part)):
             raise
         if error.errno is None:
             raise OSError(f"{path}: cannot be written: {error}") from error

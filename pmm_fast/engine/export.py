@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import io
 import json
 import logging
 import os
@@ -171,7 +172,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _part(path: Path) -> Iterator[Path]:
-    """The same name in a folder of its own: an archive of torch.export bears its first name inside."""
+    """The same name in a folder of its own: torch.export reads no file that is not called ``*.pt2``."""
     with _writing(path):
         folder = tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent)
     with folder:
@@ -297,7 +298,10 @@ def _clean(module: torch.fx.GraphModule) -> None:
 def _write(program: torch.export.ExportedProgram, path: Path, file_format: Format, about: dict[str, Any]) -> None:
     text = json.dumps(about)
     if file_format == "pt2":
-        torch.export.save(program, path, extra_files={METADATA: text})
+        # into memory first: on a full disk PyTorch's own writer ends the process from its destructor
+        archive = io.BytesIO()
+        torch.export.save(program, archive, extra_files={METADATA: text})
+        path.write_bytes(archive.getbuffer())
         return
     # names of the dynamic axes
     axes = {axis: name for axis, name in enumerate(about["input"]["shape"]) if isinstance(name, str)}

@@ -44,7 +44,8 @@ def predict_files(
         batch: images of equal size, or frames, that go through the network together.
 
     Returns:
-        A message for every input that could not be read or predicted; the others are done.
+        A message for every input that could not be read or predicted, or is a video that ends early; the others are
+        done.
 
     Raises:
         OSError: a file could not be written.
@@ -152,6 +153,12 @@ def _save(read: Read, prediction: Prediction, wanted: Wanted, record: Record) ->
 
 
 def _predict_video(predictor: Predictor, item: Input, wanted: Wanted, record: Record, batch: int) -> None:
+    """Predict a video; of one that is cut off, what there is is written, but it is not on record as done.
+
+    Raises:
+        DataError: it cannot be read, or not to its end.
+        PredictionError: a frame cannot be predicted.
+    """
     pixels = np.zeros(predictor.space.num_classes, np.int64)
     done, which = 0, identity(item)
     with VideoReader(item.path) as video, ExitStack() as stack:
@@ -173,9 +180,18 @@ def _predict_video(predictor: Predictor, item: Input, wanted: Wanted, record: Re
                 pixels += prediction.pixels()
                 done += 1
                 bar.update()
+    if _ends_early(done, video):
+        raise DataError(f"{item.path}: cut off: only {done} of about {video.frames} frames could be read")
     record.add(item, which, wanted, pixels.tolist(), done)
-    if done < video.frames:
-        print(f"{item.path}: {done} of about {video.frames} frames could be read", file=sys.stderr)
+
+
+def _ends_early(frames: int, video: VideoReader) -> bool:
+    """Whether so many frames are missing that a video must be cut off.
+
+    Many containers tell only how long they are, sound included, and at which rate frames come on average: what is
+    missing may be a tenth of the frames, or those of half a second.
+    """
+    return frames < video.frames - max(video.frames / 10, video.rate / 2)
 
 
 def _bar(total: int | None, title: str, unit: str) -> tqdm:

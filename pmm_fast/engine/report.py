@@ -212,6 +212,9 @@ def training_blocks(runs: Sequence[Run]) -> list[Block]:
     blocks: list[Block] = []
     logs: dict[str, list[Line]] = {}
     for name, file in files.items():
+        if not file.is_file():
+            blocks.append(Note(f"No training log of {name}: no {file.name} in {file.parent}"))
+            continue
         try:
             lines = read_metrics(file)
             if not lines:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pmm_fast.data.convert_files import write_whole
 from pmm_fast.data.files import LABEL_FORMATS, DataError, check_encoding, read_image, read_labels, read_size
 from pmm_fast.data.labels import IGNORE, mapping
 from pmm_fast.data.split_lists import read_list
@@ -220,3 +221,18 @@ def test_wrong_lists(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_list(tmp_path / "a.txt")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_written_is_called_by_its_own_name(tmp_path: Path) -> None:
+    def refuse(part: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(part))
+
+    with pytest.raises(PermissionError) as caught:
+        write_whole(tmp_path / "a.html", refuse)
+    assert caught.value.filename == str(tmp_path / "a.html")
+    # a file that is read meanwhile keeps its name
+    with pytest.raises(FileNotFoundError, match="/gone'"):
+        write_whole(tmp_path / "a.html", lambda part: (tmp_path / "gone").read_bytes())

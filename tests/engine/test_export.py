@@ -215,6 +215,19 @@ def test_a_file_that_cannot_be_written_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, resource, signal, torch; from pathlib import Path; from pmm_fast.engine import export; "
+        "program = torch.export.export(torch.nn.Linear(100, 100), (torch.zeros(1, 100),)); "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "try: export._write(program, Path(sys.argv[1]), 'pt2', {})\n"
+        "except OSError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.pt2")]
+    found = subprocess.run(command, cwd=repository.ROOT, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout) == (0, "[Errno 27] File too large\n"), found.stderr
+
+
 @pytest.mark.parametrize("place", [(export.tempfile, "TemporaryDirectory"), (export.os, "replace")])
 def test_a_folder_that_cannot_be_written_to(
     model: Segmentor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[object, str]
