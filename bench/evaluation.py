@@ -124,7 +124,7 @@ def plain(model: Segmentor, image: Image.Image, protocol: EvalProtocol, device: 
 def ours(model: Segmentor, image: Image.Image, protocol: EvalProtocol, device: torch.device) -> np.ndarray:
     """``engine.inference.segment``."""
     size = image.height, image.width
-    return segment(model, image, size, protocol, device, tile_batch=TILE_BATCH).classes.cpu().numpy()
+    return segment(model, image, size, protocol, device).classes.cpu().numpy()
 
 
 WAYS: dict[str, Way] = {"released": released, "plain": plain, "ours": ours}

@@ -360,7 +360,7 @@ def test_one_of_several_processes_is_refused(trained: Path, monkeypatch: pytest.
             ["RUN", "--eval.mapillary", "third"],
             "eval.mapillary: expected one of native, half, centred, released or null",
         ),
-        (["RUN", "--eval.tile_batch", "0"], "eval.tile_batch: expected at least 1, got 0"),
+        (["RUN", "--eval.tile_batch", "-1"], "eval.tile_batch: expected at least 0, got -1"),
         ([], "the following arguments are required: RUN"),
     ],
 )

@@ -180,7 +180,9 @@ class EvalConfig:
         "images and labels of Mapillary: as they are; at half size; at height 1536 cut or padded to 1536 x 1536 around "
         "the centre; the same with the released code's padding (road) and offset",
     )
-    tile_batch: int = option(8, "tiles and mirrored images that go through the network at once")
+    tile_batch: int = option(
+        0, "tiles and mirrored images that go through the network at once; 0: eight on a GPU, one on a CPU"
+    )
     limit: int = option(0, "test on this many images a domain at most (evenly spaced); 0: all")
 
 

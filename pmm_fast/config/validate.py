@@ -53,14 +53,14 @@ RULES: list[Rule] = [
     *_each("memory.temperature memory.cohesion_temperature", _positive, "a positive number"),
     *_each(
         "data.batch_per_domain data.streets_images model.channels memory.init_iterations optim.iterations "
-        "optim.accumulate whitening.images whitening.trials eval.crop eval.tile_batch checkpoint_every log_every",
+        "optim.accumulate whitening.images whitening.trials eval.crop checkpoint_every log_every",
         _positive,
         "at least 1",
     ),
     *_each(
         "data.workers memory.init_passes meta.inner_lr_ratio meta.inner_lr meta.aux_weight meta.cohesion_weight "
         "meta.divergence_weight meta.classifier_weight optim.lr optim.weight_decay optim.horizon eval.height "
-        "eval.limit whitening.weight whitening.start seed",
+        "eval.limit eval.tile_batch whitening.weight whitening.start seed",
         _not_negative,
         "at least 0",
     ),

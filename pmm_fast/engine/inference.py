@@ -30,8 +30,9 @@ from pmm_fast.data.transforms import MEAN, NO_JITTER, STD
 from pmm_fast.models import Segmentor
 from pmm_fast.ops.merge_tiles import MOST_CLASSES
 
-TILE_BATCH = 8
-"""Tiles and mirrored images that go through the network at once."""
+TILE_BATCHES = {"cpu": 1, "cuda": 8}
+"""Tiles and mirrored images that go through the network at once, where nobody says: a CPU's caches hold one tile's maps
+better (eight take twice the time a tile: ``bench/evaluation.py``), a GPU wants more work than one has."""
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -76,7 +77,7 @@ def segment(
     amp_dtype: torch.dtype | None = None,
     seed: int = 0,
     confidence: bool = False,
-    tile_batch: int = TILE_BATCH,
+    tile_batch: int = 0,
 ) -> Segmented:
     """The class of every pixel of an image under a protocol.
 
@@ -90,7 +91,8 @@ def segment(
         seed: of the noise in the read, where the protocol has noise (and the network a memory): the same seed, image
             and protocol give the same result; take another one for every image (``image_seed``).
         confidence: also give the probability of the class.
-        tile_batch: tiles and mirrored images that go through the network at once; the noise does not depend on it.
+        tile_batch: tiles and mirrored images that go through the network at once; the noise does not depend on it.  0:
+            ``TILE_BATCHES``.
 
     Returns:
         Classes and confidence, on ``device``.
@@ -123,7 +125,7 @@ def predict_logits(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     seed: int = 0,
-    tile_batch: int = TILE_BATCH,
+    tile_batch: int = 0,
 ) -> Tensor:
     """Averaged logits of one image under a protocol; arguments as in :func:`segment`.
 
@@ -184,7 +186,7 @@ def coarse_logits(
     windows: Sequence[Tensor],
     seeds: Sequence[int] = (),
     amp_dtype: torch.dtype | None = None,
-    tile_batch: int = TILE_BATCH,
+    tile_batch: int = 0,
 ) -> Tensor:
     """Logits of images or tiles of equal size, at the decoder's resolution.
 
@@ -193,7 +195,7 @@ def coarse_logits(
         windows: ``[3, h, w]`` each, normalised.
         seeds: of the noise of each; none: no noise.
         amp_dtype: type of autocast; None: no autocast.
-        tile_batch: windows that go through the network at once.
+        tile_batch: windows that go through the network at once; 0: ``TILE_BATCHES``.
 
     Returns:
         ``[T, K, h', w']``.
@@ -203,6 +205,7 @@ def coarse_logits(
     """
     device = windows[0].device
     found = []
+    tile_batch = tile_batch or TILE_BATCHES[device.type]
     with torch.no_grad(), torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
         for start in range(0, len(windows), tile_batch):
             batch = torch.stack(list(windows[start : start + tile_batch]))

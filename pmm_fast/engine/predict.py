@@ -21,7 +21,6 @@ from pmm_fast.data.survey import many
 from pmm_fast.engine import checkpoint
 from pmm_fast.engine.build import AMP_TYPES, pick_device
 from pmm_fast.engine.inference import (
-    TILE_BATCH,
     coarse_logits,
     is_out_of_memory,
     predict_logits,
@@ -49,7 +48,7 @@ class Predictor:
         amp_dtype: its type, ``bf16`` or ``fp16``.
         probabilities: keep those of every class in each prediction: 2 K bytes a pixel.
         seed: of the noise of protocols that have noise, not negative; an image gets the same whenever it is asked for.
-        tile_batch: tiles and mirrored images that go through the network at once, one or more.
+        tile_batch: tiles and mirrored images that go through the network at once; 0: eight on a GPU, one on a CPU.
 
     Attributes:
         model: the network, on ``device``.
@@ -71,7 +70,7 @@ class Predictor:
         amp_dtype: Literal["bf16", "fp16"] = "bf16",
         probabilities: bool = False,
         seed: int = 304,
-        tile_batch: int = TILE_BATCH,
+        tile_batch: int = 0,
     ) -> None:
         _check(amp_dtype, seed, tile_batch)
         self.device = pick_device(device)
@@ -190,8 +189,8 @@ def to_rgb(image: Picture) -> Image.Image:
 def _check(amp_dtype: str, seed: int, tile_batch: int) -> None:
     if amp_dtype not in AMP_TYPES:
         raise PredictionError(f"amp_dtype: expected one of {', '.join(AMP_TYPES)}, got {amp_dtype!r}")
-    if tile_batch < 1:
-        raise PredictionError(f"tile_batch: expected at least 1, got {tile_batch}")
+    if tile_batch < 0:
+        raise PredictionError(f"tile_batch: expected at least 0, got {tile_batch}")
     if seed < 0:
         raise PredictionError(f"seed: expected at least 0, got {seed}")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pmm_fast import ops
 from pmm_fast.config import EVAL_PROTOCOLS, EvalProtocol
 from pmm_fast.data import normalise
-from pmm_fast.engine.inference import image_seed, is_out_of_memory, predict_logits, segment, tile_starts
+from pmm_fast.engine.inference import TILE_BATCHES, image_seed, is_out_of_memory, predict_logits, segment, tile_starts
 from pmm_fast.models import Segmentor, build_model
 from tests.engine import plain_evaluation as plain
 from tests.tiny_network import fill_memory
@@ -244,14 +244,16 @@ def test_tile_starts(length: int, tile: int, overlap: float, starts: list[int]) 
     assert tile_starts(length, tile, overlap) == starts == plain.starts(length, tile, overlap)
 
 
-@pytest.mark.parametrize("tile_batch", [1, 3, 99])
+@pytest.mark.parametrize("tile_batch", [0, 1, 3, 99])
 def test_tiles_grow_with_scales_above_one_only_and_go_in_batches(tile_batch: int) -> None:
     network = Network(pointwise)
     protocol = replace(SLIDING, crop=8, overlap=0.0, scales=(0.5, 1.0, 2.0))
     predict_logits(network, random_image(16, 16), (16, 16), protocol, CPU, tile_batch=tile_batch)
     assert [shape[2:] for shape in network.shapes] == sorted(shape[2:] for shape in network.shapes)
     tiles = {side: sum(shape[0] for shape in network.shapes if shape[2] == side) for side in (8, 16)}
-    assert tiles == {8: 1 + 4, 16: 4} and max(shape[0] for shape in network.shapes) == min(4, tile_batch)
+    assert tiles == {8: 1 + 4, 16: 4} and max(shape[0] for shape in network.shapes) == min(
+        4, tile_batch or TILE_BATCHES["cpu"]
+    )
 
 
 def test_the_mirrored_image_is_mirrored_back() -> None:

@@ -161,7 +161,7 @@ def test_wrong_networks(tmp_path, predictor):
     ("arguments", "reason"),
     [
         ({"amp_dtype": "float16"}, "amp_dtype: expected one of bf16, fp16, got 'float16'"),
-        ({"tile_batch": 0}, "tile_batch: expected at least 1, got 0"),
+        ({"tile_batch": -1}, "tile_batch: expected at least 0, got -1"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
     ],
 )
