@@ -259,7 +259,7 @@ def test_tiles_grow_with_scales_above_one_only_and_go_in_batches(tile_batch: int
 def test_the_mirrored_image_is_mirrored_back() -> None:
     image, network = random_image(10, 14), Network(pointwise)
     logits = logits_of(network, image, replace(WHOLE, flip=True))
-    assert torch.allclose(logits, normalise(image), atol=1e-6) and network.shapes == [(2, 3, 10, 14)]
+    assert torch.allclose(logits, normalise(image), atol=1e-6) and network.shapes == 2 * [(1, 3, 10, 14)]
     # a network that looks at positions only: (c + (width - 1 - c)) / 2 everywhere
     logits = logits_of(Network(columns), image, replace(WHOLE, flip=True))
     assert torch.allclose(logits[0], torch.full((10, 14), 6.5))
