@@ -136,7 +136,7 @@ def provide(world: Path, word: str) -> None:
     path = world / word
     if path.exists():
         return
-    if re.fullmatch(r"RUN\d?|runs/[\w/]+", word):
+    if re.fullmatch(r"RUN\d?|runs/[\w/-]+", word):
         shutil.copytree(world / "runs/demo/pinmem", path)
     elif path.suffix in (".pt", ".safetensors"):
         convert.main([str(world / "runs/demo/pinmem"), str(path)])
@@ -163,6 +163,11 @@ def test_command_runs(world: Path, module: str, words: tuple[str, ...], capsys: 
         for word in takewhile(lambda word: not word.startswith("-"), arguments):
             provide(world, word)
     main = importlib.import_module(module).main
+    if "--print-config" in words:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert not stopped.value.code and "# " in capsys.readouterr().out
+        return
     if module != "pmm_fast.data.verify" or "my_town.yaml" in words:
         main(arguments)
         return
@@ -174,7 +179,7 @@ def test_command_runs(world: Path, module: str, words: tuple[str, ...], capsys: 
 
 
 # those of the others are run beside what they are about
-WITH_EXAMPLES = ("checkpoints.md", "evaluate.md", "pictures.md", "predict.md")
+WITH_EXAMPLES = ("checkpoints.md", "evaluate.md", "ops.md", "pictures.md", "predict.md")
 EXAMPLES = [path for path in DOCUMENTS if path.name in WITH_EXAMPLES]
 
 
