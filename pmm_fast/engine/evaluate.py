@@ -8,19 +8,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from pmm_fast.config import EvalConfig, resolve_protocol
 from pmm_fast.config.schema import MapillaryTest
@@ -29,11 +27,10 @@ from pmm_fast.data.files import DataError
 from pmm_fast.data.parallel import in_order
 from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.engine.inference import image_seed, segment
+from pmm_fast.engine.logging import progress_bar
 from pmm_fast.engine.mapillary import mapillary_view
 from pmm_fast.engine.metrics import Confusion
 from pmm_fast.models import Segmentor
-
-T = TypeVar("T")
 
 OnPrediction = Callable[[int, Image.Image, np.ndarray, np.ndarray], None]
 """Called with sample index, image, labels uint8 ``[H, W]`` and prediction uint8 ``[H, W]``."""
@@ -122,7 +119,7 @@ def evaluate_domain(
     pool = ThreadPoolExecutor(max(1, threads))
     try:
         samples = in_order(pool, _loader(domain, protocol.mapillary), indices, max(1, threads) + 1)
-        bar = _bar(samples, domain.name, len(indices), progress)
+        bar = progress_bar(domain.name, samples, len(indices), shown=progress)
         for index, (image, labels) in zip(indices, bar, strict=True):
             options = (labels.shape, protocol, device, amp_dtype, image_seed(seed, index))
             with _naming(domain.name, index, ValueError):
@@ -136,12 +133,6 @@ def evaluate_domain(
         pool.shutdown(cancel_futures=True)
         model.train(training)
     return DomainResult(domain.name, confusion, len(indices), time.perf_counter() - start)
-
-
-def _bar(samples: Iterable[T], title: str, total: int, shown: bool) -> tqdm:
-    # a line now and then where stderr is a file
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(samples, title, total, mininterval=interval, dynamic_ncols=True, disable=not shown)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from pmm_fast.data.transforms import MEAN, STD
 from pmm_fast.engine.inference import is_out_of_memory
 from pmm_fast.models import Segmentor
 from pmm_fast.models.conv import Conv2d
+from pmm_fast.ops.merge_tiles import MOST_CLASSES
 
 Format = Literal["pt2", "onnx"]
 OutputKind = Literal["logits", "classes"]
@@ -48,7 +49,6 @@ TOLERANCE = 1e-4
 
 _INPUT = "images"
 _RUNS = 5
-_MOST_CLASSES = 256
 
 Run = Callable[[Tensor], Tensor]
 
@@ -240,8 +240,8 @@ def _check_request(model: Segmentor, file_format: Format, output: OutputKind, si
             f"export: expected a format of {', '.join(FORMATS)} and an output of {', '.join(OUTPUTS)}, "
             f"got {file_format} and {output}"
         )
-    if output == "classes" and model.num_classes > _MOST_CLASSES:
-        raise ExportError(f"export: at most {_MOST_CLASSES} classes fit uint8, the network has {model.num_classes}")
+    if output == "classes" and model.num_classes > MOST_CLASSES:
+        raise ExportError(f"export: at most {MOST_CLASSES} classes fit uint8, the network has {model.num_classes}")
     stride = model.settings["output_stride"]
     if min(size) <= stride:
         raise ExportError(f"export: height and width must be above the output stride {stride}, got {size[0]} {size[1]}")

@@ -7,7 +7,6 @@ Shapes: N points, C channels, K classes (slots), h x w feature positions, H x W 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from pmm_fast import ops
 from pmm_fast.engine.evaluate import Domain
 from pmm_fast.engine.inference import to_device
+from pmm_fast.engine.logging import progress_bar
 from pmm_fast.models import Segmentor, SemanticMemory
 
 
@@ -77,12 +76,7 @@ def collect_features(
     classes: list[Tensor] = []
     images: list[Tensor] = []
     with _testing(model, device, amp_dtype):
-        # a line now and then where stderr is a file
-        interval = 0.2 if sys.stderr.isatty() else 10.0
-        bar = tqdm(
-            indices, f"features of {domain.name}", mininterval=interval, dynamic_ncols=True, disable=not progress
-        )
-        for index in bar:
+        for index in progress_bar(f"features of {domain.name}", indices, shown=progress):
             image, labels = domain.load(index)
             feature = model.encoder(to_device(image, device)[None]).feature
             ids = torch.from_numpy(np.array(labels))[None].to(device)

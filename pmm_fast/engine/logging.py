@@ -1,11 +1,15 @@
-"""Run logs: one JSON line per logged iteration, TensorBoard on request."""
+"""Run logs: one JSON line per logged iteration, TensorBoard on request.  Progress bars."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 FILE_NAME = "metrics.jsonl"
 
@@ -67,3 +71,33 @@ def _tensorboard(folder: Path, start: int) -> Any:
     except ImportError as error:
         raise ImportError("tensorboard: true needs TensorBoard: pip install 'pmm_fast[tensorboard]'") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+
+def progress_bar(
+    title: str,
+    items: Iterable[Any] | None = None,
+    total: int | None = None,
+    unit: str = "it",
+    initial: int = 0,
+    shown: bool = True,
+) -> tqdm:
+    """A progress bar on stderr with an estimate; where stderr is a file, a line now and then.
+
+    Args:
+        title: what is going on.
+        items: iterated over; None: the caller says ``update``.
+        total: how many there are, where ``items`` does not tell; None: not known.
+        unit: what is counted.
+        initial: how many were done before.
+        shown: False for a bar that stays silent.
+    """
+    return tqdm(
+        items,
+        title,
+        total,
+        unit=unit,
+        initial=initial,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        dynamic_ncols=True,
+        disable=not shown,
+    )

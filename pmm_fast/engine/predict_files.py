@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pmm_fast.data.files import DataError
 from pmm_fast.data.inputs import Input, read_upright
 from pmm_fast.data.parallel import in_order
 from pmm_fast.data.videos import VideoReader, VideoWriter
+from pmm_fast.engine.logging import progress_bar
 from pmm_fast.engine.predict import PredictionError, Predictor
 from pmm_fast.engine.predict_record import Line, Record, Wanted, frame_name, identity
 from pmm_fast.viz.predictions import Prediction
@@ -72,7 +72,7 @@ def _predict_images(predictor: Predictor, items: list[Input], wanted: Wanted, re
     with (
         ThreadPoolExecutor(THREADS) as readers,
         ThreadPoolExecutor(THREADS) as writers,
-        _bar(len(items), "images", "image") as bar,
+        progress_bar("images", total=len(items), unit="image") as bar,
     ):
         try:
             read = in_order(readers, _read, items, batch + THREADS)
@@ -166,7 +166,7 @@ def _predict_video(predictor: Predictor, item: Input, wanted: Wanted, record: Re
             kind: stack.enter_context(VideoWriter(wanted.video_file(kind, item.name), video.rate))
             for kind in wanted.filmed
         }
-        bar = stack.enter_context(_bar(video.frames or None, Path(item.name).name, "frame"))
+        bar = stack.enter_context(progress_bar(Path(item.name).name, total=video.frames or None, unit="frame"))
         frames = iter(video)
         while images := list(islice(frames, batch)):
             for prediction in _predict_batch(predictor, images):
@@ -192,9 +192,3 @@ def _ends_early(frames: int, video: VideoReader) -> bool:
     missing may be a tenth of the frames, or those of half a second.
     """
     return frames < video.frames - max(video.frames / 10, video.rate / 2)
-
-
-def _bar(total: int | None, title: str, unit: str) -> tqdm:
-    # a line now and then where stderr is a file
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=title, unit=unit, mininterval=interval, dynamic_ncols=True)

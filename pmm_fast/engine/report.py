@@ -23,6 +23,7 @@ from pmm_fast.data.labels import LabelSpace, get_space
 from pmm_fast.engine import checkpoint
 from pmm_fast.engine.build import pick_device, set_float32_precision
 from pmm_fast.engine.logging import FILE_NAME as LOG_FILE
+from pmm_fast.engine.logging import progress_bar
 from pmm_fast.engine.report_pictures import (
     EXCUSES,
     Run,
@@ -30,7 +31,6 @@ from pmm_fast.engine.report_pictures import (
     feature_blocks,
     look_at,
     memory_blocks,
-    progress,
 )
 from pmm_fast.viz.curves import Line, plot_curves, read_metrics
 from pmm_fast.viz.matrices import draw_confusion
@@ -80,7 +80,7 @@ def make_report(runs: Sequence[Run], config: Config, images: int) -> Report:
     shown = list(dict.fromkeys([*config.data.sources, *config.data.unseen]))
     known = [name for run in runs for name in (*run.config.data.sources, *run.config.data.unseen)]
     titles = domain_titles([*shown, *known])
-    seen = [look_at(name, titles[name], runs, config, images, device) for name in progress(shown, "examples")]
+    seen = [look_at(name, titles[name], runs, config, images, device) for name in progress_bar("examples", shown)]
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     sections = [
         Section("Runs", [runs_table(runs, titles)]),

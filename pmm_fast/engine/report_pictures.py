@@ -5,17 +5,15 @@ What cannot be made says so in its place: ``EXCUSES`` are what that may be for.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from pmm_fast.config import Config, resolve_protocol
 from pmm_fast.config.eval_protocols import describe_eval
@@ -25,6 +23,7 @@ from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.engine.build import amp_type
 from pmm_fast.engine.features import Features, collect_features, memory_slots, read_assignment
 from pmm_fast.engine.inference import image_seed, is_out_of_memory, segment
+from pmm_fast.engine.logging import progress_bar
 from pmm_fast.models import Segmentor
 from pmm_fast.viz.activation import OPACITY, activation, default_classes, viridis
 from pmm_fast.viz.comparison import Example, difference, difference_key
@@ -32,8 +31,6 @@ from pmm_fast.viz.embedding import draw_embedding, embed
 from pmm_fast.viz.matrices import draw_similarity
 from pmm_fast.viz.overlays import overlay
 from pmm_fast.viz.report import Block, Gallery, Heading, Legend, Note, Picture, Text
-
-T = TypeVar("T")
 
 PHOTO_WIDTH = 512
 """Pixels that a photograph is reduced to: a report must fit into a mail."""
@@ -145,11 +142,6 @@ def look_at(name: str, title: str, runs: Sequence[Run], config: Config, images: 
     except EXCUSES as error:
         return Seen(name, title, problem=str(error))
     return Seen(name, title, examples)
-
-
-def progress(items: Sequence[T], title: str) -> Iterable[T]:
-    """The items, with a progress bar on stderr; a line now and then where that is a file."""
-    return tqdm(items, title, mininterval=0.2 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
 
 
 # --- examples -----------------------------------------------------------------------------------------------------
@@ -299,7 +291,7 @@ def feature_blocks(runs: Sequence[Run], seen: Sequence[Seen], space: LabelSpace,
         blocks.append(Heading(run.name))
         found, titles = [], []
         blocks += [_unread(domain) for domain in seen if domain.problem]
-        for domain in progress([each for each in seen if not each.problem], f"features of {run.name}"):
+        for domain in progress_bar(f"features of {run.name}", [each for each in seen if not each.problem]):
             try:
                 found.append(_features(run, domain, config))
                 titles.append(domain.title if domain.name in run.config.data.sources else f"{domain.title} (unseen)")

@@ -23,7 +23,7 @@ from pmm_fast.data.sampling import Strong
 from pmm_fast.engine import build, checkpoint
 from pmm_fast.engine.distributed import Ranks
 from pmm_fast.engine.feed import Feed
-from pmm_fast.engine.logging import RunLog
+from pmm_fast.engine.logging import RunLog, progress_bar
 from pmm_fast.engine.optim import (
     LossScale,
     build_optimizer,
@@ -356,17 +356,8 @@ class Trainer:
             tqdm.write(text, file=sys.stderr)
 
     def _progress(self, total: int, text: str, iterable: Iterable[Any] | None = None, initial: int = 0) -> Any:
-        """A progress bar with an estimate; a line every few seconds where output is not a terminal."""
-        return tqdm(
-            iterable,
-            total=total,
-            desc=text,
-            initial=initial,
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
-            unit="it",
-            disable=not self.ranks.first,
-        )
+        """A progress bar on the first rank."""
+        return progress_bar(text, iterable, total, initial=initial, shown=self.ranks.first)
 
 
 def _changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
