@@ -84,8 +84,11 @@ void shared_fields(Bound& bound) {
     address(bound, "stream", &Owner::stream);
 }
 
+// two builds of this module, the emulated one beside the installed one, may be loaded in one process
+const py::module_local local;
+
 void bind_call(py::module_& module) {
-    py::class_<Call> call(module, "Call", "One call of a memory operator; fields as in operators.h.");
+    py::class_<Call> call(module, "Call", local, "One call of a memory operator; fields as in operators.h.");
     call.def(py::init<>());
     shared_fields<py::class_<Call>, Call>(call);
     call.def_readwrite("read", &Call::read).def_readwrite("pool", &Call::pool);
@@ -114,7 +117,8 @@ void bind_call(py::module_& module) {
 }
 
 void bind_upsample(py::module_& module) {
-    py::class_<Upsample> call(module, "Upsample", "One call of upsample_cross_entropy; fields as in operators.h.");
+    py::class_<Upsample> call(module, "Upsample", local,
+                              "One call of upsample_cross_entropy; fields as in operators.h.");
     call.def(py::init<>());
     shared_fields<py::class_<Upsample>, Upsample>(call);
     call.def_readwrite("align_corners", &Upsample::align_corners);
@@ -127,7 +131,7 @@ void bind_upsample(py::module_& module) {
 }
 
 void bind_photometric(py::module_& module) {
-    py::class_<Photometric> call(module, "Photometric", "One call of photometric; fields as in operators.h.");
+    py::class_<Photometric> call(module, "Photometric", local, "One call of photometric; fields as in operators.h.");
     call.def(py::init<>());
     call.def_readwrite("batch", &Photometric::batch).def_readwrite("height", &Photometric::height);
     call.def_readwrite("width", &Photometric::width).def_readwrite("radius", &Photometric::radius);
@@ -145,7 +149,7 @@ void bind_photometric(py::module_& module) {
 }
 
 void bind_merge(py::module_& module) {
-    py::class_<Merge> call(module, "Merge", "One call of merge_tiles; fields as in operators.h.");
+    py::class_<Merge> call(module, "Merge", local, "One call of merge_tiles; fields as in operators.h.");
     call.def(py::init<>());
     call.def_property(
         "type", [](const Merge&) { return py::none(); },
@@ -177,12 +181,13 @@ void bind_operator(py::module_& module, const char* name, void (*run)(Order, con
 
 #ifdef PMM_EMULATED
 void bind_emulator(py::module_& module) {
-    module.def("set_emulation", [](int shared_limit, int multiprocessors, bool descending) {
+    module.def("set_emulation", [](int shared_limit, int multiprocessors, unsigned order) {
         auto& gpu = emulator::device();
         gpu.shared_limit = shared_limit;
         gpu.multiprocessors = multiprocessors;
-        gpu.descending = descending;
+        gpu.order = order;
     });
+    module.def("set_missing_code", [](bool missing) { emulator::device().missing_code = missing; });
     module.def("launches", [] { return emulator::device().launches; });
 }
 #endif
@@ -203,6 +208,7 @@ PYBIND11_MODULE(_CUDA, module) {
     bind_operator<Call>(module, "memory_pass", pmm::memory_pass, pmm::memory_pass_workspace);
     bind_operator<Upsample>(module, "upsample_cross_entropy", pmm::upsample_cross_entropy,
                             pmm::upsample_cross_entropy_workspace);
+    module.def("unusable", pmm::unusable);
 #ifdef PMM_EMULATED
     bind_emulator(module);
 #endif

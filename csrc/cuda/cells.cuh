@@ -38,4 +38,29 @@ __device__ inline int first_pixel(int i, const Axis& axis) {
     return first < axis.large ? static_cast<int>(first) : axis.large;
 }
 
+// The pixels of a row of cells, and how far each is below the cell's upper end: pixel begin + i by
+// (rest + i step) scale, or not at all where that is negative.
+template <class T>
+struct Span {
+    int begin;
+    int end;
+    int rest;
+    int step;
+    T scale;
+    __device__ T weight(int y) const {
+        const int steps = rest + (y - begin) * step;
+        return steps > 0 ? T(steps) * scale : T(0);
+    }
+};
+
+// of cell i, whose first pixel is `begin`
+template <class T>
+__device__ Span<T> span_of(int i, int begin, const Axis& axis) {
+    const std::int64_t twice = axis.aligned ? 1 : 2, steps = twice * axis.large - (axis.aligned ? 1 : 0);
+    const std::int64_t step = twice * axis.small - (axis.aligned ? 1 : 0);
+    const std::int64_t first = begin * step + (axis.aligned ? 0 : axis.small - axis.large);
+    const int rest = static_cast<int>(first - i * steps);
+    return {begin, first_pixel(i + 1, axis), rest, static_cast<int>(step), steps > 0 ? T(1) / T(steps) : T(0)};
+}
+
 }  // namespace pmm

@@ -5,24 +5,45 @@
 
 namespace pmm {
 
+constexpr int kLabels = 4;
+
+// the numbers of four classes, -1 where there is none
+struct Classes {
+    int k[kLabels];
+};
+
 template <class L>
-__device__ std::int64_t label_as(const void* labels, std::int64_t index) {
-    return static_cast<std::int64_t>(static_cast<const L*>(labels)[index]);
+__device__ Classes classes_as(const Labels& labels, const std::int64_t (&index)[kLabels], int slots) {
+    std::int64_t found[kLabels];
+#pragma unroll
+    for (int i = 0; i < kLabels; ++i)
+        found[i] = index[i] < 0 ? labels.ignore_index : static_cast<const L*>(labels.data)[index[i]];
+    Classes classes;
+    bool wrong = false;
+#pragma unroll
+    for (int i = 0; i < kLabels; ++i) {
+        const bool right = found[i] >= 0 && found[i] < slots, ignored = found[i] == labels.ignore_index;
+        wrong |= !right && !ignored;
+        classes.k[i] = right && !ignored ? static_cast<int>(found[i]) : -1;
+    }
+    if (wrong) wrong_label();
+    return classes;
 }
 
-// A label in its own type: a uniform branch, and one-byte labels move one byte.
-__device__ inline std::int64_t load_label(const Labels& labels, std::int64_t index) {
+// The labels at four places, none at a negative one; all are loaded before the first is looked at.  In their own type:
+// a uniform branch, and one-byte labels move one byte.
+__device__ inline Classes load_classes(const Labels& labels, const std::int64_t (&index)[kLabels], int slots) {
     switch (labels.type) {
         case Type::uint8:
-            return label_as<std::uint8_t>(labels.data, index);
+            return classes_as<std::uint8_t>(labels, index, slots);
         case Type::int8:
-            return label_as<std::int8_t>(labels.data, index);
+            return classes_as<std::int8_t>(labels, index, slots);
         case Type::int16:
-            return label_as<std::int16_t>(labels.data, index);
+            return classes_as<std::int16_t>(labels, index, slots);
         case Type::int32:
-            return label_as<std::int32_t>(labels.data, index);
+            return classes_as<std::int32_t>(labels, index, slots);
         default:
-            return label_as<std::int64_t>(labels.data, index);
+            return classes_as<std::int64_t>(labels, index, slots);
     }
 }
 
@@ -56,31 +77,24 @@ __device__ Tap<T> aligned_tap(int i, int small, int large) {
     return {at.whole, at.whole + 1 < large ? at.whole + 1 : at.whole, T(at.rest) / T(steps)};
 }
 
-template <class T>
-__device__ void add_label(T* masses, int pitch, const Labels& labels, std::int64_t index, T weight, int slots) {
-    const std::int64_t label = load_label(labels, index);
-    if (label == labels.ignore_index) return;
-    if (label < 0 || label >= slots) return wrong_label();
-    masses[label * pitch] += weight;
-}
-
 // masses [K][P], zero before: one thread a position, so nothing is added by two threads.
 template <class T>
 __device__ void sample_labels(T* masses, const Call& call, const Place& place) {
     const int p = threadIdx.x;
     if (p >= place.count) return;
     const Labels& labels = call.labels;
-    const int row = static_cast<int>((place.first + p) / call.width);
-    const int column = static_cast<int>((place.first + p) % call.width);
-    const Tap<T> y = aligned_tap<T>(row, call.height, labels.height);
-    const Tap<T> x = aligned_tap<T>(column, call.width, labels.width);
+    const Quotient at = divide(place.first + p, call.width);
+    const Tap<T> y = aligned_tap<T>(at.whole, call.height, labels.height);
+    const Tap<T> x = aligned_tap<T>(static_cast<int>(at.rest), call.width, labels.width);
     const std::int64_t image = place.image * labels.height;
     const std::int64_t upper = (image + y.lower) * labels.width, lower = (image + y.upper) * labels.width;
-    T* own = masses + p;
-    add_label(own, place.pitch, labels, upper + x.lower, (T(1) - y.weight) * (T(1) - x.weight), call.slots);
-    add_label(own, place.pitch, labels, upper + x.upper, (T(1) - y.weight) * x.weight, call.slots);
-    add_label(own, place.pitch, labels, lower + x.lower, y.weight * (T(1) - x.weight), call.slots);
-    add_label(own, place.pitch, labels, lower + x.upper, y.weight * x.weight, call.slots);
+    const std::int64_t corners[kLabels] = {upper + x.lower, upper + x.upper, lower + x.lower, lower + x.upper};
+    const T weights[kLabels] = {(T(1) - y.weight) * (T(1) - x.weight), (T(1) - y.weight) * x.weight,
+                                y.weight * (T(1) - x.weight), y.weight * x.weight};
+    const Classes found = load_classes(labels, corners, call.slots);
+#pragma unroll
+    for (int i = 0; i < kLabels; ++i)
+        if (found.k[i] >= 0) masses[found.k[i] * place.pitch + p] += weights[i];
 }
 
 // The classes that a tile holds, ascending: few as a rule, so that pooling costs little beside the read.

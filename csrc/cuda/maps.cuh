@@ -4,6 +4,8 @@
 // bytes and lets eight neighbouring rows be read 16 bytes each without two of them in one bank.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace pmm {
@@ -70,18 +72,48 @@ __device__ void stage_positions(T* tile, const S* from, const Map& map, const Pl
     }
 }
 
+// Nothing to convert: the copies pass no registers and are all in flight at once.
+template <class T>
+__device__ void copy_positions(T* tile, const T* from, const Map& map, const Place& place, int valid, int rows) {
+    constexpr int wide = Sixteen<T>::count;
+    const int row_shift = place.shift - (wide == 4 ? 2 : 1), in_row = (1 << row_shift) - 1;
+    for (int unit = threadIdx.x; unit < rows << row_shift; unit += kThreads) {
+        const int row = unit >> row_shift, position = (unit & in_row) * wide;
+        const bool wanted = row < valid && position < place.count;
+        copy_sixteen(tile + row * place.pitch + position, wanted ? from + row * map.channel + position : from, wanted);
+    }
+}
+
+// Neighbouring lanes have neighbouring positions, so that what they write lies in different banks, and groups of them
+// neighbouring channels, so that what they read fills sectors.
 template <class S, class T>
 __device__ void stage_channels(T* tile, const S* from, const Map& map, const Place& place, int valid, int rows) {
     constexpr int wide = Sixteen<S>::count;
-    const int per_position = (rows + wide - 1) / wide;
-    for (int unit = threadIdx.x; unit < place.size * per_position; unit += kThreads) {
-        const int position = unit / per_position, row = unit % per_position * wide;
-        Sixteen<S> loaded{};
-        if (row < valid && position < place.count)
-            loaded = *reinterpret_cast<const Sixteen<S>*>(from + position * map.position + row);
+    constexpr int group_shift = wide == 8 ? 4 : wide == 4 ? 3 : 2, together = 32 >> group_shift;
+    const int shift = place.shift < group_shift ? place.shift : group_shift, group = (1 << shift) - 1;
+    const int columns = (rows + wide * together - 1) / (wide * together), units = columns * together << place.shift;
+    for (int start = threadIdx.x; start < units; start += kInFlight * kThreads) {
+        Sixteen<S> loaded[kInFlight];
+        int position[kInFlight], row[kInFlight];
 #pragma unroll
-        for (int j = 0; j < wide; ++j)
-            if (row + j < rows) tile[(row + j) * place.pitch + position] = T(to_float(loaded.v[j]));
+        for (int i = 0; i < kInFlight; ++i) {
+            // of a unit: its place in a group of positions, its channels within `together`, the group, the rest
+            const int unit = start + i * kThreads, rest = unit >> shift, apart = rest / together;
+            const int groups = place.shift - shift;
+            position[i] = (unit & group) + ((apart & ((1 << groups) - 1)) << shift);
+            row[i] = (rest % together + (apart >> groups) * together) * wide;
+            if (unit < units && row[i] < valid && position[i] < place.count)
+                loaded[i] = *reinterpret_cast<const Sixteen<S>*>(from + position[i] * map.position + row[i]);
+            else
+                loaded[i] = Sixteen<S>{};
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            if (start + i * kThreads >= units) continue;
+#pragma unroll
+            for (int j = 0; j < wide; ++j)
+                if (row[i] + j < rows) tile[(row[i] + j) * place.pitch + position[i]] = T(to_float(loaded[i].v[j]));
+        }
     }
 }
 
@@ -102,7 +134,10 @@ template <class S, class T>
 __device__ void stage_as(T* tile, const Map& map, const Place& place, int channel, int valid, int rows) {
     const S* from =
         static_cast<const S*>(map.data) + place.image * map.batch + place.first * map.position + channel * map.channel;
-    if (map.vector == Vector::positions)
+    constexpr bool same = std::is_same_v<S, T>;
+    if (same && map.vector == Vector::positions)
+        copy_positions(tile, reinterpret_cast<const T*>(from), map, place, valid, rows);
+    else if (map.vector == Vector::positions)
         stage_positions(tile, from, map, place, valid, rows);
     else if (map.vector == Vector::channels)
         stage_channels(tile, from, map, place, valid, rows);
@@ -111,7 +146,8 @@ __device__ void stage_as(T* tile, const Map& map, const Place& place, int channe
 }
 
 // Channels channel .. channel + valid of a map into a tile of `rows` >= valid rows; what lies outside is zero, and so
-// is an absent map.  The type is a uniform branch, so that kernels need not be compiled once a type.
+// is an absent map.  It is there after `arrive`.  The type is a uniform branch, so that kernels need not be compiled
+// once a type.
 template <class T>
 __device__ PMM_OUTLINE void stage(T* tile, const Map& map, Place place, int channel, int valid, int rows) {
     assume_shared(tile);
@@ -125,6 +161,12 @@ __device__ PMM_OUTLINE void stage(T* tile, const Map& map, Place place, int chan
         stage_as<__half>(tile, map, place, channel, valid, rows);
     else
         stage_as<double>(tile, map, place, channel, valid, rows);
+}
+
+// Begins and ends what others may see: after it all that was staged is there.
+__device__ inline void arrive() {
+    await_copies();
+    __syncthreads();
 }
 
 constexpr int kBlockChannels = 8;

@@ -65,36 +65,39 @@ __device__ void backward_start(const Shared<T>& s, const Call& call, const Place
         zero_rows(s.pooled, call, place);
         prepare_classes(s, call, place);
     }
-    __syncthreads();
+    arrive();
 }
 
 template <class T, bool read, bool pool>
 __device__ __forceinline__ void backward_tile(const Shared<T>& s, const Matrices<T>& m, const Call& call,
                                               const Plan& plan, const Place& place) {
-    backward_start<T, read, pool>(s, call, place);
-    const Rows all{nullptr, call.slots}, present{s.list, pool ? *s.count : 0};
     const auto load = [&](int first, int valid, int rows) {
         stage(s.features, call.features, place, first, valid, rows);
     };
     const auto load_read = [&](int first, int valid, int rows) {
         stage(s.incoming, call.grad_read, place, first, valid, rows);
     };
-    for_chunks(call.channels, plan.channels, true, load, [&](int first, int, int rows) {
+    const int depth = read && call.grad_read.data ? call.depth : 0;
+    load_ahead(call.channels, plan.channels, load);
+    load_ahead(depth, plan.depth, load_read);
+    backward_start<T, read, pool>(s, call, place);
+    const Rows all{nullptr, call.slots}, present{s.list, pool ? *s.count : 0};
+    for_chunks(call.channels, plan.channels, load, [&](int first, int, int rows) {
         contract_maps(s.squared, s.features, s.features, rows, place, s.partial);
         if (read) contract_channels(s.score, s.features, m.keys + first, plan.width, all, rows, place, s.partial);
         if (pool)
             contract_channels(s.pooled, s.features, m.grad_sums + first, plan.width, present, rows, place, s.partial);
     });
-    const int depth = read && call.grad_read.data ? call.depth : 0;
-    for_chunks(depth, plan.depth, true, load_read, [&](int first, int, int rows) {
+    for_chunks(depth, plan.depth, load_read, [&](int first, int, int rows) {
         contract_channels(s.product, s.incoming, m.values + first, plan.deep, all, rows, place, s.partial);
     });
     backward_position<T, read, pool>(s, call, place);
     __syncthreads();
     if (read && call.out_noise.data) store_rows(call.out_noise, place, s.product, call.slots);
     const int channels = call.out_features.data || m.sum_keys ? call.channels : 0;
-    for_chunks(channels, plan.channels, false, load, [&](int first, int valid, int rows) {
-        if (read && m.sum_keys) contract_positions(m.sum_keys + first, plan.width, s.u, s.features, all, rows, place);
+    for_chunks(channels, plan.channels, load, [&](int first, int valid, int rows) {
+        if (read && m.sum_keys)
+            contract_positions<T>(m.sum_keys + first, plan.width, {s.u, s.features}, all, rows, place);
         if (!call.out_features.data) return;
         write_map<T>(
             call.out_features, place, first, valid, [&](T(&block)[kBlockChannels][4], int channel, int position) {
@@ -104,14 +107,14 @@ __device__ __forceinline__ void backward_tile(const Shared<T>& s, const Matrices
                 add_scaled(block, s.scale_features, s.features, channel, position, place.pitch);
             });
     });
-    for_chunks(m.sum_values ? depth : 0, plan.depth, false, load_read, [&](int first, int, int rows) {
-        contract_positions(m.sum_values + first, plan.deep, s.weight, s.incoming, all, rows, place);
+    for_chunks(m.sum_values ? depth : 0, plan.depth, load_read, [&](int first, int, int rows) {
+        contract_positions<T>(m.sum_values + first, plan.deep, {s.weight, s.incoming}, all, rows, place);
     });
     __syncthreads();
 }
 
 template <class T, bool read, bool pool>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, Order::backward, read>)
     backward_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
     const Frame<T>& frame = open_frame<T, Order::backward, read, pool>(call, plan);
     for (std::int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x)

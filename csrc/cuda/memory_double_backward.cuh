@@ -134,7 +134,7 @@ __device__ PMM_OUTLINE void double_start(const Shared<T>& s, const Call& call, P
         zero_rows(s.pooled_along, call, place);
         prepare_classes(s, call, place);
     }
-    __syncthreads();
+    arrive();
 }
 
 // the sums over channels of one chunk of f and a
@@ -164,17 +164,12 @@ template <class T, bool read, bool pool>
 __device__ void double_give(const Shared<T>& s, const Matrices<T>& m, const Call& call, const Plan& plan,
                             const Place& place, const Rows& present, int first, int valid, int rows) {
     const Rows all{nullptr, call.slots};
-    const auto sum = [&](T* sums, const T* coefficient, const T* tile, const Rows& which) {
-        contract_positions(sums + first, plan.width, coefficient, tile, which, rows, place);
+    const auto sum = [&](T* sums, const T* of_direction, const T* of_features, const Rows& which) {
+        contract_positions<T>(sums + first, plan.width, {of_direction, s.direction}, {of_features, s.features}, true,
+                              which, rows, place);
     };
-    if (read && m.sum_keys) {
-        sum(m.sum_keys, s.u, s.direction, all);
-        sum(m.sum_keys, s.score, s.features, all);
-    }
-    if (pool && m.sums) {
-        sum(m.sums, s.pooled, s.direction, present);
-        sum(m.sums, s.mass, s.features, present);
-    }
+    if (read && m.sum_keys) sum(m.sum_keys, s.u, s.score, all);
+    if (pool && m.sums) sum(m.sums, s.pooled, s.mass, present);
     if (!call.out_features.data) return;
     write_map<T>(call.out_features, place, first, valid, [&](T(&block)[kBlockChannels][4], int channel, int position) {
         if (read) add_rows(block, s.score, m.keys + first, plan.width, all, channel, position, place.pitch);
@@ -187,17 +182,15 @@ __device__ void double_give(const Shared<T>& s, const Matrices<T>& m, const Call
 }
 
 // the half that sees the values: its sums over their width, and what it gives for A and for the values
-template <class T>
+template <class T, class Load>
 __device__ void double_values(const Shared<T>& s, const Matrices<T>& m, const Call& call, const Plan& plan,
-                              const Place& place, bool before) {
+                              const Place& place, bool before, Load load) {
     const Rows all{nullptr, call.slots};
-    const auto load = [&](int first, int valid, int rows) {
-        stage(s.incoming, call.grad_read, place, first, valid, rows);
-    };
     const int depth = call.grad_read.data && (before || m.sum_values) ? call.depth : 0;
-    for_chunks(depth, plan.depth, before, load, [&](int first, int, int rows) {
+    for_chunks(depth, plan.depth, load, [&](int first, int, int rows) {
         if (!before)
-            return contract_positions(m.sum_values + first, plan.deep, s.along_keys, s.incoming, all, rows, place);
+            return contract_positions<T>(m.sum_values + first, plan.deep, {s.along_keys, s.incoming}, all, rows,
+                                         place);
         contract_channels(s.product, s.incoming, m.values + first, plan.deep, all, rows, place, s.partial);
         if (!m.grad_grad_values) return;
         contract_channels(s.along_values, s.incoming, m.grad_grad_values + first, plan.deep, all, rows, place,
@@ -214,30 +207,35 @@ __device__ void double_values(const Shared<T>& s, const Matrices<T>& m, const Ca
 template <class T, bool read, bool pool>
 __device__ __forceinline__ void double_tile(const Shared<T>& s, const Matrices<T>& m, const Call& call,
                                             const Plan& plan, const Place& place) {
-    double_start<T, read, pool>(s, call, place);
-    const Rows present{s.list, pool ? *s.count : 0};
     const auto load = [&](int first, int valid, int rows) {
         stage(s.features, call.features, place, first, valid, rows);
         stage(s.direction, call.grad_grad_features, place, first, valid, rows);
     };
-    for_chunks(call.channels, plan.channels, true, load, [&](int first, int, int rows) {
+    const auto load_read = [&](int first, int valid, int rows) {
+        stage(s.incoming, call.grad_read, place, first, valid, rows);
+    };
+    load_ahead(call.channels, plan.channels, load);
+    if (read && call.grad_read.data) load_ahead(call.depth, plan.depth, load_read);
+    double_start<T, read, pool>(s, call, place);
+    const Rows present{s.list, pool ? *s.count : 0};
+    for_chunks(call.channels, plan.channels, load, [&](int first, int, int rows) {
         double_contract<T, read, pool>(s, m, call, plan, place, present, first, rows);
     });
-    if (read) double_values(s, m, call, plan, place, true);
+    if (read) double_values(s, m, call, plan, place, true, load_read);
     double_position<T, read, pool>(s, call, place);
     __syncthreads();
     if (read && call.out_scores.data) store_rows(call.out_scores, place, s.along_score, call.slots);
     if (read && call.out_noise.data) store_rows(call.out_noise, place, s.along, call.slots);
     const int channels = call.out_features.data || m.sum_keys || m.sums ? call.channels : 0;
-    for_chunks(channels, plan.channels, false, load, [&](int first, int valid, int rows) {
+    for_chunks(channels, plan.channels, load, [&](int first, int valid, int rows) {
         double_give<T, read, pool>(s, m, call, plan, place, present, first, valid, rows);
     });
-    if (read) double_values(s, m, call, plan, place, false);
+    if (read) double_values(s, m, call, plan, place, false, load_read);
     __syncthreads();
 }
 
 template <class T, bool read, bool pool>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, Order::double_backward, read>)
     double_backward_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
     const Frame<T>& frame = open_frame<T, Order::double_backward, read, pool>(call, plan);
     for (std::int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x)

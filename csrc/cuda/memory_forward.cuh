@@ -31,21 +31,20 @@ __device__ void add_mass(const Shared<T>& s, const Place& place) {
 template <class T, bool read, bool pool>
 __device__ __forceinline__ void forward_tile(const Shared<T>& s, const Matrices<T>& m, const Call& call,
                                              const Plan& plan, const Place& place) {
+    const auto load = [&](int first, int valid, int rows) {
+        stage(s.features, call.features, place, first, valid, rows);
+    };
+    load_ahead(call.channels, plan.channels, load);
     fill_zero(s.squared, place.pitch);
     if (read) {
         zero_rows(s.score, call, place);
         stage_noise(s.weight, call, place);
     }
-    if (pool) {
-        prepare_classes(s, call, place);
-        __syncthreads();
-        add_mass(s, place);
-    }
+    if (pool) prepare_classes(s, call, place);
+    arrive();
+    if (pool) add_mass(s, place);
     const Rows all{nullptr, call.slots}, present{s.list, pool ? *s.count : 0};
-    const auto load = [&](int first, int valid, int rows) {
-        stage(s.features, call.features, place, first, valid, rows);
-    };
-    for_chunks(call.channels, plan.channels, true, load, [&](int first, int, int rows) {
+    for_chunks(call.channels, plan.channels, load, [&](int first, int, int rows) {
         contract_maps(s.squared, s.features, s.features, rows, place, s.partial);
         if (read) contract_channels(s.score, s.features, m.keys + first, plan.width, all, rows, place, s.partial);
     });
@@ -58,14 +57,14 @@ __device__ __forceinline__ void forward_tile(const Shared<T>& s, const Matrices<
         });
     }
     if (pool)
-        for_chunks(call.channels, plan.channels, false, load, [&](int first, int, int rows) {
-            contract_positions(m.sums + first, plan.width, s.mass, s.features, present, rows, place);
+        for_chunks(call.channels, plan.channels, load, [&](int first, int, int rows) {
+            contract_positions<T>(m.sums + first, plan.width, {s.mass, s.features}, present, rows, place);
         });
     __syncthreads();
 }
 
 template <class T, bool read, bool pool>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, Order::forward, read>)
     forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
     const Frame<T>& frame = open_frame<T, Order::forward, read, pool>(call, plan);
     for (std::int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x)

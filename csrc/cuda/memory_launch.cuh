@@ -18,15 +18,21 @@ inline Call with_vectors(Call call) {
 }
 
 template <class T>
-void add_part(const Call& call, const Plan& plan, int part, int columns, int width, void* out,
-              const std::string& what) {
-    const std::int64_t elements = static_cast<std::int64_t>(call.slots) * columns;
-    if (!out || !elements) return;
-    const T* workspace = static_cast<const T*>(call.workspace) + part;
-    const int blocks = static_cast<int>((elements + 31) / 32);
-    check(launch(add_blocks<T>, blocks, 32 * kShares, 32 * kShares * sizeof(T), call.stream, workspace, call.blocks,
-                 plan.per_block, call.slots, columns, width, static_cast<T*>(out)),
-          what + " (sums)");
+void add_sums(const Call& call, const Plan& plan, const std::string& what) {
+    const int wide = call.slots * plan.width, deep = call.slots * plan.deep;
+    const auto part = [&](void* out, int first, int columns, int width) {
+        return Part<T>{static_cast<T*>(out), first, out ? call.slots * columns : 0, columns, width};
+    };
+    const Parts<T> parts = {{part(call.out_sums, 0, call.channels, plan.width),
+                             part(call.out_keys, wide, call.channels, plan.width),
+                             part(call.out_values, 2 * wide, call.depth, plan.deep),
+                             part(call.out_mass, 2 * wide + deep, 1, 1)}};
+    int blocks = 0;
+    for (const Part<T>& each : parts.part) blocks += round_up(each.elements, 32) / 32;
+    if (blocks)
+        check(launch(add_blocks<T>, blocks, 32 * kShares, 32 * kShares * sizeof(T), call.stream,
+                     static_cast<const T*>(call.workspace), call.blocks, plan.per_block, parts),
+              what + " (sums)");
 }
 
 template <class T, Order order, bool read, bool pool>
@@ -47,11 +53,7 @@ void run_typed(const char* name, const Call& given) {
     if (call.blocks > 0)
         check(launch(kernel_of<T, order, read, pool>(), call.blocks, kThreads, plan.bytes, call.stream, call, plan),
               what);
-    const int wide = call.slots * plan.width, deep = call.slots * plan.deep;
-    add_part<T>(call, plan, 0, call.channels, plan.width, call.out_sums, what);
-    add_part<T>(call, plan, wide, call.channels, plan.width, call.out_keys, what);
-    add_part<T>(call, plan, 2 * wide, call.depth, plan.deep, call.out_values, what);
-    add_part<T>(call, plan, 2 * wide + deep, 1, 1, call.out_mass, what);
+    add_sums<T>(call, plan, what);
 }
 
 template <class T, bool read, bool pool>
@@ -72,16 +74,17 @@ void run(const char* name, Order order, const Call& call) {
         run_order<float, read, pool>(name, order, call);
 }
 
+template <class T, Order order, bool read, bool pool>
+Workspace workspace_of(const char* name, const Call& call) {
+    const Plan plan = make_plan<T, order, read, pool>(name, call);
+    return {persistent_blocks(plan.tiles, kBlocks<T, order, read>), plan.per_block};
+}
+
 template <class T, bool read, bool pool>
 Workspace typed_workspace(const char* name, Order order, const Call& call) {
-    Plan plan;
-    if (order == Order::forward)
-        plan = make_plan<T, Order::forward, read, pool>(name, call);
-    else if (order == Order::backward)
-        plan = make_plan<T, Order::backward, read, pool>(name, call);
-    else
-        plan = make_plan<T, Order::double_backward, read, pool>(name, call);
-    return {persistent_blocks(plan.tiles), plan.per_block};
+    if (order == Order::forward) return workspace_of<T, Order::forward, read, pool>(name, call);
+    if (order == Order::backward) return workspace_of<T, Order::backward, read, pool>(name, call);
+    return workspace_of<T, Order::double_backward, read, pool>(name, call);
 }
 
 template <bool read, bool pool>

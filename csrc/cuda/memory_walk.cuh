@@ -8,10 +8,6 @@
 
 namespace pmm {
 
-// blocks a multiprocessor holds: two, which leaves a thread 128 registers; float64 needs more and is not for speed
-template <class T>
-constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
-
 template <class T>
 __device__ const T* choose(const T* shared, const void* global) {
     return shared && global ? shared : static_cast<const T*>(global);
@@ -22,12 +18,13 @@ __device__ T* choose_sums(T* shared, T* global, const void* wanted) {
     return !wanted ? nullptr : shared ? shared : global;
 }
 
-// a matrix that has room in shared memory is copied there
+// a matrix that has room in shared memory is copied there, and is there after the first `arrive`
 template <class T>
 __device__ void bring(T* shared, const void* global, int count) {
     if (!shared || !global) return;
+    constexpr int wide = Sixteen<T>::count;
     const T* from = static_cast<const T*>(global);
-    for (int i = 4 * threadIdx.x; i < count; i += 4 * kThreads) store_quad(shared + i, load_quad(from + i));
+    for (int i = wide * threadIdx.x; i < count; i += wide * kThreads) copy_sixteen(shared + i, from + i, true);
 }
 
 // a block's share of the workspace: [K, width] sums, [K, width] of keys, [K, deep] of values, [K] mass
@@ -98,9 +95,10 @@ __device__ void keep_sums(const Frame<T>& frame, const Call& call, const Plan& p
 
 __device__ inline Place tile_place(std::int64_t tile, const Call& call, const Plan& plan) {
     const std::int64_t positions = static_cast<std::int64_t>(call.height) * call.width;
-    const std::int64_t first = tile % plan.tiles_per_image * plan.size, left = positions - first;
+    const Quotient at = divide(tile, plan.tiles_per_image);
+    const std::int64_t first = at.rest * plan.size, left = positions - first;
     const int shift = plan.size == 32 ? 5 : plan.size == 16 ? 4 : 3;
-    return {tile / plan.tiles_per_image,
+    return {at.whole,
             first,
             left < plan.size ? static_cast<int>(left) : plan.size,
             plan.size,
@@ -108,17 +106,22 @@ __device__ inline Place tile_place(std::int64_t tile, const Call& call, const Pl
             plan.size + 4};
 }
 
-// Calls `use(first, valid, rows)` for every chunk of `all` channels after staging it by `load`.  A map that is one
-// chunk is loaded on the first visit and stays.
+// A map that is one chunk is loaded at the begin of a tile, while the noise is drawn and the labels are sampled.
+template <class Load>
+__device__ void load_ahead(int all, int chunk, Load load) {
+    if (all <= chunk) load(0, all, round_up(all, kMatrixPad));
+}
+
+// Calls `use(first, valid, rows)` for every chunk of `all` channels, staged by `load` if not ahead.
 template <class Load, class Use>
-__device__ void for_chunks(int all, int chunk, bool first_visit, Load load, Use use) {
+__device__ void for_chunks(int all, int chunk, Load load, Use use) {
     const bool resident = all <= chunk;
     for (int first = 0; first < all; first += chunk) {
         const int valid = all - first < chunk ? all - first : chunk, rows = round_up(valid, kMatrixPad);
-        if (first_visit || !resident) {
+        if (!resident) {
             __syncthreads();
             load(first, valid, rows);
-            __syncthreads();
+            arrive();
         }
         use(first, valid, rows);
     }
@@ -171,26 +174,47 @@ __device__ void zero_rows(T* array, const Call& call, const Place& place) {
     fill_zero(array, call.slots * place.pitch);
 }
 
-constexpr int kShares = 8;
+constexpr int kShares = 16;
+constexpr int kParts = 4;
 
-// out [K, columns] = the sum over blocks of one part of the workspace, rows of `width` numbers, in the blocks' order.
-// Eight warps share the blocks, lane by lane an element.
+// one part of a block's workspace: `elements` numbers in rows of `columns`, `width` apart; none: nothing is wanted
 template <class T>
-__global__ void add_blocks(const T* workspace, int blocks, int per_block, int rows, int columns, int width, T* out) {
+struct Part {
+    T* out = nullptr;
+    int first = 0;
+    int elements = 0;
+    int columns = 1;
+    int width = 1;
+};
+
+template <class T>
+struct Parts {
+    Part<T> part[kParts];
+};
+
+// Every part's `out` = its sum over the blocks of the walk, in a fixed order.  A block has 32 elements of one part,
+// lane by lane; its warps share the blocks.
+template <class T>
+__global__ void __launch_bounds__(32 * kShares)
+    add_blocks(const T* workspace, int blocks, int per_block, const __grid_constant__ Parts<T> parts) {
     T* partial = reinterpret_cast<T*>(shared_memory());
     const int lane = threadIdx.x % 32, share = threadIdx.x / 32;
-    const int element = blockIdx.x * 32 + lane;
+    int which = 0, begin = blockIdx.x * 32;
+    while (begin >= round_up(parts.part[which].elements, 32)) begin -= round_up(parts.part[which++].elements, 32);
+    const Part<T>& part = parts.part[which];
+    const int element = begin + lane;
     T sum = T(0);
-    if (element < rows * columns) {
-        const T* from = workspace + element / columns * width + element % columns;
+    if (element < part.elements) {
+        const T* from = workspace + part.first + element / part.columns * part.width + element % part.columns;
+#pragma unroll 8
         for (int block = share; block < blocks; block += kShares)
             sum += from[static_cast<std::int64_t>(block) * per_block];
     }
     partial[share * 32 + lane] = sum;
     __syncthreads();
-    if (share != 0 || element >= rows * columns) return;
+    if (share != 0 || element >= part.elements) return;
     for (int other = 1; other < kShares; ++other) sum += partial[other * 32 + lane];
-    out[element] = sum;
+    part.out[element] = sum;
 }
 
 }  // namespace pmm

@@ -140,8 +140,8 @@ std::int64_t photometric_workspace(const Photometric& call);
 // throws std::runtime_error with operator and shape when a launch fails
 void photometric(const Photometric& call);
 
-// One call of merge_tiles; logits [T, K, h, w] with strides in elements.  Results are contiguous: the average [K, H, W],
-// or else classes and, if wanted, confidence [H, W].
+// One call of merge_tiles; logits [T, K, h, w] with strides in elements.  Results are contiguous: the average
+// [K, H, W], or else classes and, if wanted, confidence [H, W].
 struct Merge {
     Type type = Type::float32;
     int tiles = 0;
@@ -164,6 +164,9 @@ struct Merge {
 
 // throws std::runtime_error with operator and shape when a launch fails
 void merge_tiles(const Merge& call);
+
+// Why the current device cannot run the kernels, or null: none was compiled for it, or its driver is too old.
+const char* unusable();
 
 inline const char* order_name(Order order) {
     constexpr const char* names[] = {"forward", "backward", "double backward"};

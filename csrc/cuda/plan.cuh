@@ -6,7 +6,7 @@
 namespace pmm {
 
 // matrices that lie in shared memory when there is room, else in global memory; in the order in which room is given
-enum Slot { kSumOfSums, kSumOfKeys, kSumOfValues, kKeys, kValues, kGradSums, kGradGradKeys, kGradGradValues, kSlots };
+enum Slot { kSumOfKeys, kSumOfValues, kSumOfSums, kKeys, kValues, kGradSums, kGradGradKeys, kGradGradValues, kSlots };
 constexpr int kAccumulators = 3;
 
 struct Plan {
@@ -69,6 +69,18 @@ __host__ __device__ inline int slot_numbers(int slot, const Plan& plan, int slot
     return slots * (deep ? plan.deep : plan.width);
 }
 
+// Blocks a multiprocessor holds, so that some compute while others load: two leave a thread 128 registers and three 80,
+// which is enough where little is computed; float64 needs more and is not for speed.
+template <class T, Order order, bool read>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : read || order != Order::forward ? 2 : 3;
+
+// the shared memory that leaves room for so many blocks; each costs 1 KB beside what it asks for
+inline size_t share_of_multiprocessor(int blocks) {
+    const size_t share = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks - 1024;
+    const size_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    return share < most ? share : most;
+}
+
 // What may take room at all; a matrix that an order does not have is absent from `wanted`.
 template <class T, Order order, bool read, bool pool>
 __host__ __device__ size_t carve(Shared<T>& s, T* base, const Plan& plan, int slots) {
@@ -108,9 +120,9 @@ __host__ __device__ size_t carve(Shared<T>& s, T* base, const Plan& plan, int sl
 // The matrices that a call has, as bits of Slot.
 inline unsigned present_matrices(Order order, const Call& call) {
     const bool forward = order == Order::forward;
-    const void* matrices[kSlots] = {call.out_sums,
-                                    call.out_keys,
+    const void* matrices[kSlots] = {call.out_keys,
                                     call.out_values,
+                                    call.out_sums,
                                     call.read ? call.keys : nullptr,
                                     call.read ? call.values : nullptr,
                                     forward ? nullptr : call.grad_sums,
@@ -133,16 +145,14 @@ bool fits(Plan& plan, const Call& call, int size, int chunks, unsigned in_shared
     return plan.bytes <= limit;
 }
 
-// Two blocks a multiprocessor are wanted, so that one computes while the other loads; first with the sums in shared
-// memory and whole features, then with what remains.  A feature in chunks is loaded twice.
+// First with the sums in shared memory and whole features, then with what remains: eight positions are too few to be
+// worth the sums.  A feature in chunks is loaded twice.
 template <class T, Order order, bool read, bool pool>
 bool choose_tile(Plan& plan, const Call& call, unsigned matrices) {
     const size_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    // every block costs 1 KB beside what it asks for
-    const size_t half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 1024;
-    const size_t target = half < most ? half : most;
+    const size_t target = share_of_multiprocessor(kBlocks<T, order, read>);
     const unsigned sums = matrices & ((1u << kAccumulators) - 1);
-    for (int size : {32, 16, 8})
+    for (int size : {32, 16})
         if (fits<T, order, read, pool>(plan, call, size, 1, sums, target)) return true;
     for (size_t limit : {target, most})
         for (int chunks : {1, 2, 4, 8, 16, 64, 1024})
@@ -154,7 +164,7 @@ bool choose_tile(Plan& plan, const Call& call, unsigned matrices) {
 // Adds matrices to shared memory while the target allows.
 template <class T, Order order, bool read, bool pool>
 void fill_shared(Plan& plan, const Call& call, unsigned matrices) {
-    const size_t half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 1024;
+    const size_t target = share_of_multiprocessor(kBlocks<T, order, read>);
     for (int slot = 0; slot < kSlots; ++slot) {
         const unsigned bit = 1u << slot;
         if (!(matrices & bit) || plan.in_shared & bit) continue;
@@ -162,8 +172,7 @@ void fill_shared(Plan& plan, const Call& call, unsigned matrices) {
         larger.in_shared |= bit;
         Shared<T> shared;
         larger.bytes = carve<T, order, read, pool>(shared, nullptr, larger, call.slots);
-        if (larger.bytes <= half && larger.bytes <= size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)))
-            plan = larger;
+        if (larger.bytes <= target) plan = larger;
     }
 }
 
@@ -189,9 +198,9 @@ Plan make_plan(const char* name, const Call& call) {
     return plan;
 }
 
-// two blocks a multiprocessor walk over all tiles
-inline int persistent_blocks(std::int64_t tiles) {
-    const std::int64_t most = 2 * device_attribute(cudaDevAttrMultiProcessorCount);
+// as many blocks as the device holds walk over all tiles
+inline int persistent_blocks(std::int64_t tiles, int blocks) {
+    const std::int64_t most = blocks * device_attribute(cudaDevAttrMultiProcessorCount);
     return static_cast<int>(tiles < most ? tiles : most);
 }
 

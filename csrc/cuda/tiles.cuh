@@ -133,39 +133,73 @@ __device__ PMM_OUTLINE void contract_channels(T* out, const T* tile, const T* ma
     }
 }
 
-constexpr int kSumRows = 10;
-
-// `sums` has rows of `width` numbers, in shared or global memory; a thread alone adds to its elements.
+// coefficients [K][P] of a tile [channels][P]
 template <class T>
-__device__ PMM_OUTLINE void contract_positions(T* sums, int width, const T* coefficient, const T* tile, Rows rows,
-                                               int channels, Place place) {
-    assume_shared(coefficient);
-    assume_shared(tile);
-    const int half = channels / 2, groups = (rows.count + kSumRows - 1) / kSumRows;
-    for (int unit = threadIdx.x; unit < groups * half; unit += kThreads) {
-        const int c = unit % half, first = unit / half * kSumRows;
-        T sum[kSumRows][2] = {};
-        for (int p = 0; p < place.size; p += 4) {
-            const Quad<T> x = load_quad(tile + c * place.pitch + p), y = load_quad(tile + (c + half) * place.pitch + p);
+struct Factors {
+    const T* coefficient;
+    const T* tile;
+};
+
+template <int most, class T>
+__device__ void add_positions(T (&sum)[most][2], const int (&at)[most], const Factors<T>& factors, int lower, int upper,
+                              int positions) {
+    for (int p = 0; p < positions; p += 4) {
+        const Quad<T> x = load_quad(factors.tile + lower + p), y = load_quad(factors.tile + upper + p);
 #pragma unroll
-            for (int r = 0; r < kSumRows; ++r) {
-                if (first + r >= rows.count) continue;
-                const Quad<T> weight = load_quad(coefficient + rows[first + r] * place.pitch + p);
+        for (int r = 0; r < most; ++r) {
+            const Quad<T> weight = load_quad(factors.coefficient + at[r] + p);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    sum[r][0] += weight.v[i] * x.v[i];
-                    sum[r][1] += weight.v[i] * y.v[i];
-                }
+            for (int i = 0; i < 4; ++i) {
+                sum[r][0] += weight.v[i] * x.v[i];
+                sum[r][1] += weight.v[i] * y.v[i];
             }
         }
+    }
+}
+
+// A thread's share: `most` rows at two channels.  Rows beyond the last are computed as the first is and not stored, so
+// that nothing branches between the multiplications.
+template <int most, class T>
+__device__ void contract_positions_of(T* sums, int width, const Factors<T>& one, const Factors<T>& other, bool both,
+                                      const Rows& rows, int channels, const Place& place) {
+    const int half = channels / 2, groups = (rows.count + most - 1) / most;
+    for (int unit = threadIdx.x; unit < groups * half; unit += kThreads) {
+        const int c = unit % half, first = unit / half * most;
+        int at[most];
 #pragma unroll
-        for (int r = 0; r < kSumRows; ++r) {
+        for (int r = 0; r < most; ++r) at[r] = rows[first + r < rows.count ? first + r : 0] * place.pitch;
+        T sum[most][2] = {};
+        add_positions(sum, at, one, c * place.pitch, (c + half) * place.pitch, place.size);
+        if (both) add_positions(sum, at, other, c * place.pitch, (c + half) * place.pitch, place.size);
+#pragma unroll
+        for (int r = 0; r < most; ++r) {
             if (first + r >= rows.count) continue;
             T* own = sums + rows[first + r] * width + c;
             own[0] += sum[r][0];
             own[half] += sum[r][1];
         }
     }
+}
+
+// `sums` has rows of `width` numbers, in shared or global memory; a thread alone adds to its elements.  One tile gives
+// something, or both.  A tile holds few classes as a rule, and all slots.
+template <class T>
+__device__ PMM_OUTLINE void contract_positions(T* sums, int width, Factors<T> one, Factors<T> other, bool both,
+                                               Rows rows, int channels, Place place) {
+    assume_shared(one.coefficient);
+    assume_shared(one.tile);
+    assume_shared(other.coefficient);
+    assume_shared(other.tile);
+    if (rows.count > kRows)
+        contract_positions_of<2 * kRows>(sums, width, one, other, both, rows, channels, place);
+    else
+        contract_positions_of<kRows>(sums, width, one, other, both, rows, channels, place);
+}
+
+template <class T>
+__device__ void contract_positions(T* sums, int width, const Factors<T>& one, const Rows& rows, int channels,
+                                   const Place& place) {
+    contract_positions(sums, width, one, one, false, rows, channels, place);
 }
 
 template <class T>

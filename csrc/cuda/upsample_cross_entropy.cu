@@ -14,19 +14,24 @@ namespace pmm {
 namespace {
 
 constexpr int kFinishThreads = 256;
+constexpr int kMostRows = 16;
 
 // out = the sum over blocks, in a fixed order and in float64, divided by the number of labelled pixels
 template <class T>
 __global__ void finish(const T* workspace, int blocks, bool count_pixels, T* out, T* count) {
     double* partial = reinterpret_cast<double*>(shared_memory());
     double sum[2] = {0, 0};
+#pragma unroll 4
     for (int block = threadIdx.x; block < blocks; block += kFinishThreads)
         for (int i = 0; i < 2; ++i) sum[i] += static_cast<double>(workspace[2 * block + i]);
-    for (int i = 0; i < 2; ++i) partial[2 * threadIdx.x + i] = sum[i];
+    for (int i = 0; i < 2; ++i) {
+        sum[i] = sum_lanes(sum[i], 32);
+        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32 * 2 + i] = sum[i];
+    }
     __syncthreads();
     if (threadIdx.x != 0) return;
-    for (int thread = 1; thread < kFinishThreads; ++thread)
-        for (int i = 0; i < 2; ++i) sum[i] += partial[2 * thread + i];
+    for (int warp = 1; warp < kFinishThreads / 32; ++warp)
+        for (int i = 0; i < 2; ++i) sum[i] += partial[2 * warp + i];
     if (count_pixels) *count = T(sum[1] < 1 ? 1 : sum[1]);
     *out = T(sum[0] / (count_pixels ? (sum[1] < 1 ? 1 : sum[1]) : static_cast<double>(*count)));
 }
@@ -50,21 +55,37 @@ bool fits(UpsamplePlan& plan, const Upsample& call, int threads, size_t limit) {
     return plan.bytes <= limit;
 }
 
+// How many rows a tile has: few and the rows between two tiles, which both compute, are many; many and there are too
+// few tiles to keep the device busy, or a few left for a round of their own.  What costs least by that count.
+template <class T, Order order>
+void choose_rows(UpsamplePlan& plan, const Upsample& call) {
+    const size_t shared = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (plan.bytes + 1024);
+    const size_t most = kUpsampleBlocks<T, order> * (128 / plan.threads), blocks = shared < most ? shared : most;
+    const std::int64_t resident = (blocks ? blocks : 1) * device_attribute(cudaDevAttrMultiProcessorCount);
+    const std::int64_t twice = order == Order::forward ? 0 : 4;  // of a row above the tile, in quarters
+    std::int64_t least = 0;
+    for (int rows = 1; rows <= kMostRows && rows <= call.height; ++rows) {
+        const std::int64_t tiles = (call.height + rows - 1) / rows * plan.tiles_across * call.batch;
+        const std::int64_t cost = (tiles + resident - 1) / resident * (4 * rows + 1 + twice);
+        if (rows > 1 && cost >= least) continue;
+        least = cost;
+        plan.rows = rows;
+        plan.tiles = tiles;
+        plan.tiles_down = (call.height + rows - 1) / rows;
+    }
+}
+
 template <class T, Order order>
 UpsamplePlan make_plan(const Upsample& call) {
     UpsamplePlan plan;
     const size_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    // four blocks a multiprocessor
-    const size_t target = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 4 - 1024;
     bool fit = false;
-    for (size_t limit : {target, most})
-        for (int threads : {128, 64, 32}) fit = fit || fits<T, order>(plan, call, threads, limit < most ? limit : most);
+    for (size_t limit : {share_of_multiprocessor(3), most})
+        for (int threads : {128, 64, 32}) fit = fit || fits<T, order>(plan, call, threads, limit);
     if (!fit)
         throw std::runtime_error("pmm_fast: " + describe(order, call) + ": too many classes for the shared memory");
-    plan.rows = call.height < 8 ? call.height : 8;
     plan.tiles_across = (call.width + plan.columns - 1) / plan.columns;
-    plan.tiles_down = call.height ? (call.height + plan.rows - 1) / plan.rows : 0;
-    plan.tiles = call.batch * plan.tiles_down * plan.tiles_across;
+    choose_rows<T, order>(plan, call);
     return plan;
 }
 
@@ -75,7 +96,7 @@ void run_typed(const Upsample& call) {
     if (call.blocks > 0)
         check(launch(upsample_kernel<T, order>, call.blocks, plan.threads, plan.bytes, call.stream, call, plan), what);
     if (!call.out_loss) return;
-    check(launch(finish<T>, 1, kFinishThreads, 2 * kFinishThreads * sizeof(double), call.stream,
+    check(launch(finish<T>, 1, kFinishThreads, kFinishThreads / 16 * sizeof(double), call.stream,
                  static_cast<const T*>(call.workspace), call.blocks, order == Order::forward,
                  static_cast<T*>(call.out_loss), static_cast<T*>(call.count)),
           what + " (sum)");

@@ -16,10 +16,11 @@ struct UpsamplePlan {
     size_t bytes = 0;
 };
 
-// [K][threads] for every thread's column; [K][columns] for the source positions
+// [K][threads + 1] for every thread's column, so that neither neighbouring columns nor neighbouring classes share a
+// bank; [K][columns] for the source positions
 template <class T>
 struct UpsampleShared {
-    T *upper, *lower;              // logits at the cell's upper and lower row
+    T *upper, *lower;              // logits at the cell's upper and lower row less the row's largest, in units of log 2
     T *along_upper, *along_lower;  // a there
     T *to_upper, *to_lower;        // what the column's pixels give for the two rows
     T* right;                      // [threads]: weight of the cell's right end
@@ -32,7 +33,8 @@ template <class T, Order order>
 __host__ __device__ size_t carve_upsample(UpsampleShared<T>& s, T* base, const UpsamplePlan& plan, int slots) {
     Arena<T> arena{base};
     constexpr bool backward = order != Order::forward, twice = order == Order::double_backward;
-    const size_t own = static_cast<size_t>(slots) * plan.threads, source = static_cast<size_t>(slots) * plan.columns;
+    const size_t own = static_cast<size_t>(slots) * (plan.threads + 1);
+    const size_t source = static_cast<size_t>(slots) * plan.columns;
     s.upper = arena.take(own);
     s.lower = arena.take(own);
     s.along_upper = arena.take(twice ? own : 0);
@@ -47,8 +49,12 @@ __host__ __device__ size_t carve_upsample(UpsampleShared<T>& s, T* base, const U
     return arena.used * sizeof(T);
 }
 
+// blocks of 128 threads that the registers allow a multiprocessor
+template <class T, Order order>
+constexpr int kUpsampleBlocks = sizeof(T) == 8 ? 2 : order == Order::forward ? 6 : order == Order::backward ? 5 : 4;
+
 // pixels computed together
-constexpr int kRun = 4;
+constexpr int kRun = kLabels;
 
 struct CellTile {
     std::int64_t image;
@@ -64,29 +70,37 @@ __device__ inline CellTile cell_tile(std::int64_t tile, const Upsample& call, co
             right < call.width ? right : call.width};
 }
 
+// so many units of log 2 are 1: powers of two are what the hardware computes
+constexpr double kLog2e = 1.4426950408889634, kLog2 = 0.6931471805599453;
+
+// numbers from a class to the next in a thread's column
+__device__ inline int column_step() { return static_cast<int>(blockDim.x) + 1; }
+
+// returns the largest of the numbers
 template <class S, class T>
-__device__ void interpolate_as(T* to, const Map& map, std::int64_t image, int row, int width, const Tap<T>& tap,
-                               int slots) {
+__device__ T interpolate_as(T* to, const Map& map, std::int64_t image, int row, int width, const Tap<T>& tap, T scale,
+                            int slots) {
+    T most = -T(INFINITY);
     const S* from =
         static_cast<const S*>(map.data) + image * map.batch + static_cast<std::int64_t>(row) * width * map.position;
     for (int k = 0; k < slots; ++k, from += map.channel) {
         const T left = T(to_float(from[tap.lower * map.position])), right = T(to_float(from[tap.upper * map.position]));
-        to[k * static_cast<int>(blockDim.x)] = (T(1) - tap.weight) * left + tap.weight * right;
+        const T value = scale * ((T(1) - tap.weight) * left + tap.weight * right);
+        to[k * column_step()] = value;
+        most = larger(most, value);
     }
+    return most;
 }
 
-// One source row of a map at the thread's column, for all classes.
+// One source row of a map at the thread's column, times `scale`, for all classes; returns the largest.
 template <class T>
-__device__ PMM_OUTLINE void interpolate_row(T* to, const Map& map, std::int64_t image, int row, int width, Tap<T> tap,
-                                            int slots) {
-    if (map.type == Type::float32)
-        interpolate_as<float>(to, map, image, row, width, tap, slots);
-    else if (map.type == Type::bfloat16)
-        interpolate_as<__nv_bfloat16>(to, map, image, row, width, tap, slots);
-    else if (map.type == Type::float16)
-        interpolate_as<__half>(to, map, image, row, width, tap, slots);
-    else
-        interpolate_as<double>(to, map, image, row, width, tap, slots);
+__device__ PMM_OUTLINE T interpolate_row(T* to, const Map& map, std::int64_t image, int row, int width, Tap<T> tap,
+                                         T scale, int slots) {
+    assume_shared(to);
+    if (map.type == Type::float32) return interpolate_as<float>(to, map, image, row, width, tap, scale, slots);
+    if (map.type == Type::bfloat16) return interpolate_as<__nv_bfloat16>(to, map, image, row, width, tap, scale, slots);
+    if (map.type == Type::float16) return interpolate_as<__half>(to, map, image, row, width, tap, scale, slots);
+    return interpolate_as<double>(to, map, image, row, width, tap, scale, slots);
 }
 
 // up to kRun labelled pixels of a column below each other, in one cell
@@ -94,35 +108,33 @@ template <class T>
 struct Pixels {
     T weight[kRun];   // of the lower row
     int label[kRun];  // -1: none
+    bool any = false;
 };
 
 template <class T>
-__device__ Pixels<T> load_pixels(const Upsample& call, std::int64_t image, int x, int y, int end) {
-    const Axis rows{call.height, call.labels.height, call.align_corners};
+__device__ Pixels<T> load_pixels(const Upsample& call, std::int64_t image, int x, int y, const Span<T>& rows) {
+    const std::int64_t width = call.labels.width, first = (image * call.labels.height + y) * width + x;
+    std::int64_t index[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) index[i] = y + i < rows.end ? first + i * width : -1;
+    const Classes found = load_classes(call.labels, index, call.slots);
     Pixels<T> pixels;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-        pixels.label[i] = -1;
-        pixels.weight[i] = T(0);
-        if (y + i >= end) continue;
-        const std::int64_t label =
-            load_label(call.labels, (image * call.labels.height + y + i) * call.labels.width + x);
-        pixels.weight[i] = source_tap<T>(y + i, rows).weight;
-        if (label == call.labels.ignore_index) continue;
-        if (label < 0 || label >= call.slots)
-            wrong_label();
-        else
-            pixels.label[i] = static_cast<int>(label);
+        pixels.weight[i] = rows.weight(y + i);
+        pixels.label[i] = found.k[i];
+        pixels.any |= found.k[i] >= 0;
     }
     return pixels;
 }
 
-// log-sum-exp of the pixels in two parts, and the mean of a~ over the softmax
+// of the pixels: the largest logit, the inverse of the softmax's denominator, and the mean of a~ over the softmax
 template <class T>
 struct Softmax {
     T most[kRun];
-    T sum[kRun];
+    T inverse[kRun];
     T along[kRun];
+    bool right = true;
 };
 
 // a value of the pixel between the two rows of its cell
@@ -131,37 +143,55 @@ __device__ T between(T upper, T lower, T weight) {
     return upper + weight * (lower - upper);
 }
 
-template <class T, Order order>
+// the compiler loses sight of it where the rows change places
+template <class T>
+__device__ void assume_rows_shared(const UpsampleShared<T>& s) {
+    assume_shared(s.upper);
+    assume_shared(s.lower);
+    assume_shared(s.along_upper);
+    assume_shared(s.along_lower);
+}
+
+// A pixel's logits are at most 0, since each row's are; that largest is the pixel's too where both rows have it in one
+// class.  So powers are taken of the logits as they are, and only where they are so far below 0 that some may have been
+// lost is the softmax computed as usual, from the largest (`exact`).
+constexpr double kLeastSum = 1e-24;
+
+template <class T, Order order, bool exact>
 __device__ Softmax<T> softmax_of(const UpsampleShared<T>& s, const Pixels<T>& pixels, int slots) {
+    assume_rows_shared(s);
     Softmax<T> of;
+    T sum[kRun];
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-        of.most[i] = -T(INFINITY);
-        of.sum[i] = of.along[i] = T(0);
+        of.most[i] = exact ? -T(INFINITY) : T(0);
+        sum[i] = of.along[i] = T(0);
     }
-    const int step = blockDim.x;
-    for (int k = 0, at = threadIdx.x; k < slots; ++k, at += step) {
-        const T upper = s.upper[at], lower = s.lower[at];
+    const int step = column_step();
+    if constexpr (exact)
+        for (int k = 0, at = threadIdx.x; k < slots; ++k, at += step)
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-            const T z = between(upper, lower, pixels.weight[i]);
-            of.most[i] = z > of.most[i] ? z : of.most[i];
-        }
-    }
+            for (int i = 0; i < kRun; ++i)
+                of.most[i] = larger(of.most[i], between(s.upper[at], s.lower[at], pixels.weight[i]));
     for (int k = 0, at = threadIdx.x; k < slots; ++k, at += step) {
         const T upper = s.upper[at], lower = s.lower[at];
         const T along_upper = order == Order::double_backward ? s.along_upper[at] : T(0);
         const T along_lower = order == Order::double_backward ? s.along_lower[at] : T(0);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-            const T power = exponential(between(upper, lower, pixels.weight[i]) - of.most[i]);
-            of.sum[i] += power;
+            const T power = power_of_two(between(upper, lower, pixels.weight[i]) - of.most[i]);
+            sum[i] += power;
             if (order == Order::double_backward)
                 of.along[i] += power * between(along_upper, along_lower, pixels.weight[i]);
         }
     }
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) of.along[i] /= of.sum[i];
+    for (int i = 0; i < kRun; ++i) {
+        // a NaN is not right either
+        of.right &= pixels.label[i] < 0 || sum[i] >= T(kLeastSum);
+        of.inverse[i] = T(1) / sum[i];
+        of.along[i] *= of.inverse[i];
+    }
     return of;
 }
 
@@ -171,9 +201,10 @@ __device__ void add_scalars(const UpsampleShared<T>& s, const Pixels<T>& pixels,
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
         if (pixels.label[i] < 0) continue;
-        const int at = pixels.label[i] * static_cast<int>(blockDim.x) + threadIdx.x;
+        const int at = pixels.label[i] * column_step() + threadIdx.x;
         if (order == Order::forward)
-            sums[0] += of.most[i] + logarithm(of.sum[i]) - between(s.upper[at], s.lower[at], pixels.weight[i]);
+            sums[0] += T(kLog2) * (of.most[i] - between(s.upper[at], s.lower[at], pixels.weight[i])) -
+                       logarithm(of.inverse[i]);
         else
             sums[0] += of.along[i] - between(s.along_upper[at], s.along_lower[at], pixels.weight[i]);
         sums[1] += T(1);
@@ -184,80 +215,125 @@ __device__ void add_scalars(const UpsampleShared<T>& s, const Pixels<T>& pixels,
 template <class T, Order order>
 __device__ void add_rows_of(const UpsampleShared<T>& s, const Pixels<T>& pixels, const Softmax<T>& of, T scale,
                             int slots) {
-    const int step = blockDim.x;
+    assume_rows_shared(s);
+    const int step = column_step();
+    T factor[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) factor[i] = scale * of.inverse[i];
     for (int k = 0, at = threadIdx.x; k < slots; ++k, at += step) {
         const T upper = s.upper[at], lower = s.lower[at];
-        T to_upper = T(0), to_lower = T(0);
+        const T along_upper = order == Order::double_backward ? s.along_upper[at] : T(0);
+        const T along_lower = order == Order::double_backward ? s.along_lower[at] : T(0);
+        T all = T(0), to_lower = T(0);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-            const T p = exponential(between(upper, lower, pixels.weight[i]) - of.most[i]) / of.sum[i];
-            T slope = p - (k == pixels.label[i] ? T(1) : T(0));
+            T slope = factor[i] * power_of_two(between(upper, lower, pixels.weight[i]) - of.most[i]);
             if (order == Order::double_backward)
-                slope = p * (between(s.along_upper[at], s.along_lower[at], pixels.weight[i]) - of.along[i]);
+                slope *= between(along_upper, along_lower, pixels.weight[i]) - of.along[i];
             // chosen, not multiplied: what an ignored pixel sees may be infinite
-            slope = pixels.label[i] < 0 ? T(0) : scale * slope;
-            to_upper += (T(1) - pixels.weight[i]) * slope;
+            slope = pixels.label[i] < 0 ? T(0) : slope;
+            all += slope;
             to_lower += pixels.weight[i] * slope;
         }
-        s.to_upper[at] += to_upper;
+        s.to_upper[at] += all - to_lower;
         s.to_lower[at] += to_lower;
     }
+    if constexpr (order == Order::backward) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+            if (pixels.label[i] < 0) continue;
+            const int at = pixels.label[i] * step + threadIdx.x;
+            s.to_upper[at] -= (T(1) - pixels.weight[i]) * scale;
+            s.to_lower[at] -= pixels.weight[i] * scale;
+        }
+    }
+}
+
+// The softmax of the pixels and what they give; false, and nothing given, where it has to be exact.
+template <class T, Order order, bool exact>
+__device__ bool visit_pixels(const UpsampleShared<T>& s, const Pixels<T>& pixels, bool counted, T scale, int slots,
+                             T (&sums)[2]) {
+    const Softmax<T> of = softmax_of<T, order, exact>(s, pixels, slots);
+    if (!exact && !of.right) return false;
+    if (order != Order::backward && counted) add_scalars<T, order>(s, pixels, of, sums);
+    if (order != Order::forward) add_rows_of<T, order>(s, pixels, of, scale, slots);
+    return true;
+}
+
+// The logits at the thread's column x between the rows `row` and the one below.  Those of the upper row may be there:
+// the lower ones of the row before.
+template <class T, Order order>
+__device__ void load_column(const UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, int row,
+                            const Tap<T>& tap, bool upper_too) {
+    const int below = row + 1 < call.height ? row + 1 : row, own = threadIdx.x;
+    const auto load = [&](T* to, const Map& map, int from, T scale) {
+        return interpolate_row(to + own, map, tile.image, from, call.width, tap, scale, call.slots);
+    };
+    const auto load_logits = [&](T* to, int from) {
+        const T most = load(to, call.logits, from, T(kLog2e));
+        for (int k = 0; k < call.slots; ++k) to[k * column_step() + own] -= most;
+    };
+    if (upper_too) load_logits(s.upper, row);
+    load_logits(s.lower, below);
+    if (order != Order::double_backward) return;
+    if (upper_too) load(s.along_upper, call.grad_grad_logits, row, T(1));
+    load(s.along_lower, call.grad_grad_logits, below, T(1));
 }
 
 // All pixels of one cell row in the thread's column x.
 template <class T, Order order>
 __device__ void visit_column(const UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, int row, int x,
-                             T scale, bool counted, T (&sums)[2]) {
-    const Axis rows{call.height, call.labels.height, call.align_corners};
+                             const Span<T>& rows, bool upper_too, T scale, T (&sums)[2]) {
     const Axis columns{call.width, call.labels.width, call.align_corners};
     const Tap<T> tap = source_tap<T>(x, columns);
-    const int below = row + 1 < call.height ? row + 1 : row, own = threadIdx.x;
-    interpolate_row(s.upper + own, call.logits, tile.image, row, call.width, tap, call.slots);
-    interpolate_row(s.lower + own, call.logits, tile.image, below, call.width, tap, call.slots);
-    if (order == Order::double_backward) {
-        interpolate_row(s.along_upper + own, call.grad_grad_logits, tile.image, row, call.width, tap, call.slots);
-        interpolate_row(s.along_lower + own, call.grad_grad_logits, tile.image, below, call.width, tap, call.slots);
-    }
-    s.right[own] = tap.weight;
-    // pixels of the cells left of the tile count in the tile that has them
-    counted = counted && tap.lower >= tile.left;
-    const int end = first_pixel(row + 1, rows);
-    for (int y = first_pixel(row, rows); y < end; y += kRun) {
-        const Pixels<T> pixels = load_pixels<T>(call, tile.image, x, y, end);
-        const Softmax<T> of = softmax_of<T, order>(s, pixels, call.slots);
-        if (order != Order::backward && counted) add_scalars<T, order>(s, pixels, of, sums);
-        if (order != Order::forward) add_rows_of<T, order>(s, pixels, of, scale, call.slots);
+    load_column<T, order>(s, call, tile, row, tap, upper_too);
+    s.right[threadIdx.x] = tap.weight;
+    // pixels of the cells above and left of the tile count in the tile that has them
+    const bool counted = row >= tile.top && tap.lower >= tile.left;
+    for (int y = rows.begin; y < rows.end; y += kRun) {
+        const Pixels<T> pixels = load_pixels<T>(call, tile.image, x, y, rows);
+        if (!pixels.any) continue;
+        if (!visit_pixels<T, order, false>(s, pixels, counted, scale, call.slots, sums))
+            visit_pixels<T, order, true>(s, pixels, counted, scale, call.slots, sums);
     }
 }
 
-// One end's share: columns of the cell from `first` to `end` that this batch has, with the weights of its left or right
-// end, or with both at the border.
-template <class T>
-__device__ T gather_cell(const T* column, const T* right, int first, int end, int batch, bool left_end,
-                         bool right_end) {
-    const int stop = end - batch < static_cast<int>(blockDim.x) ? end - batch : static_cast<int>(blockDim.x);
-    T sum = T(0);
-    for (int i = first < batch ? 0 : first - batch; i < stop; ++i)
-        sum += ((left_end ? T(1) - right[i] : T(0)) + (right_end ? right[i] : T(0))) * column[i];
-    return sum;
+// Calls `use(i, j)` for the pairs of i < inner and j < outer that are the thread's, neighbours for neighbouring i.
+template <class Use>
+__device__ void for_pairs(int inner, int outer, Use use) {
+    const int rest = blockDim.x % inner, rows = blockDim.x / inner;
+    int i = threadIdx.x % inner, j = threadIdx.x / inner;
+    while (j < outer) {
+        use(i, j);
+        i += rest;
+        j += rows;
+        if (i < inner) continue;
+        i -= inner;
+        ++j;
+    }
 }
 
-// The columns' sums of one batch to the source positions: row += upper row, carried += lower row.
+// The columns' sums of one batch to the source positions: row += upper row, next += lower row.  A position is the right
+// end of a cell and the left end of the next; at the border it is both.
 template <class T>
 __device__ void gather(const UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, int batch, T* row,
                        T* next) {
     const int count = tile.right - tile.left;
-    for (int unit = threadIdx.x; unit < call.slots * count; unit += blockDim.x) {
-        const int j = unit % count, k = unit / count, column = tile.left + j;
-        const int before = s.first[j], first = s.first[j + 1], end = s.first[j + 2];
-        const bool last = column == call.width - 1;
-        const T* upper = s.to_upper + k * static_cast<int>(blockDim.x);
-        const T* lower = s.to_lower + k * static_cast<int>(blockDim.x);
-        row[unit] += gather_cell(upper, s.right, before, first, batch, false, true) +
-                     gather_cell(upper, s.right, first, end, batch, true, last);
-        next[unit] += gather_cell(lower, s.right, before, first, batch, false, true) +
-                      gather_cell(lower, s.right, first, end, batch, true, last);
-    }
+    for_pairs(call.slots, count, [&](int k, int j) {
+        const int first = s.first[j + 1] - batch, columns = blockDim.x;
+        const int begin = s.first[j] > batch ? s.first[j] - batch : 0;
+        const int end = s.first[j + 2] - batch < columns ? s.first[j + 2] - batch : columns;
+        const bool border = tile.left + j == call.width - 1;
+        const T *upper = s.to_upper + k * column_step(), *lower = s.to_lower + k * column_step();
+        T to_row = T(0), to_next = T(0);
+        for (int i = begin; i < end; ++i) {
+            const T right = s.right[i], weight = i < first ? right : border ? T(1) : T(1) - right;
+            to_row += weight * upper[i];
+            to_next += weight * lower[i];
+        }
+        row[k * count + j] += to_row;
+        next[k * count + j] += to_next;
+    });
 }
 
 template <class S, class T>
@@ -266,10 +342,10 @@ __device__ void store_row_as(const Map& map, const CellTile& tile, int row, int 
     const int count = tile.right - tile.left;
     S* to = static_cast<S*>(map.data) + tile.image * map.batch +
             (static_cast<std::int64_t>(row) * width + tile.left) * map.position;
-    for (int unit = threadIdx.x; unit < slots * count; unit += blockDim.x) {
-        const T value = more ? values[unit] + more[unit] : values[unit];
-        to[unit / count * map.channel + unit % count * map.position] = Rounded<S>::from(value);
-    }
+    for_pairs(count, slots, [&](int j, int k) {
+        const T value = more ? values[k * count + j] + more[k * count + j] : values[k * count + j];
+        to[k * map.channel + j * map.position] = Rounded<S>::from(value);
+    });
 }
 
 // A source row's gradient; at the lower border what went below belongs to it too.
@@ -286,18 +362,30 @@ __device__ PMM_OUTLINE void store_row(const Map& map, const CellTile& tile, int 
         store_row_as<double>(map, tile, row, width, slots, values, more);
 }
 
+template <class T>
+__device__ void exchange(T*& a, T*& b) {
+    T* other = a;
+    a = b;
+    b = other;
+}
+
 template <class T, Order order>
-__device__ void visit_row(const UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, int row, T scale,
-                          T* gathered, T* next, T (&sums)[2]) {
+__device__ void visit_row(UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, int row,
+                          const Span<T>& rows, bool first_row, T scale, T* gathered, T* next, T (&sums)[2]) {
     const Axis columns{call.width, call.labels.width, call.align_corners};
     const int first = first_pixel(order == Order::forward ? tile.left : tile.left - 1, columns);
     const int end = first_pixel(tile.right, columns);
+    const bool upper_too = first_row || end - first > static_cast<int>(blockDim.x);
+    if (!upper_too) {
+        exchange(s.upper, s.lower);
+        exchange(s.along_upper, s.along_lower);
+    }
     for (int batch = first; batch < end; batch += blockDim.x) {
         const int x = batch + threadIdx.x;
         if (order != Order::forward)
-            for (int k = 0, at = threadIdx.x; k < call.slots; ++k, at += blockDim.x)
+            for (int k = 0, at = threadIdx.x; k < call.slots; ++k, at += column_step())
                 s.to_upper[at] = s.to_lower[at] = T(0);
-        if (x < end) visit_column<T, order>(s, call, tile, row, x, scale, row >= tile.top, sums);
+        if (x < end) visit_column<T, order>(s, call, tile, row, x, rows, upper_too, scale, sums);
         if (order == Order::forward) continue;
         __syncthreads();
         gather(s, call, tile, batch, gathered, next);
@@ -307,16 +395,21 @@ __device__ void visit_row(const UpsampleShared<T>& s, const Upsample& call, cons
 
 // Forward: every pixel of the tile's own cells.
 template <class T>
-__device__ void visit_pixels(const UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, T (&sums)[2]) {
-    for (int row = tile.top; row < tile.bottom; ++row)
-        visit_row<T, Order::forward>(s, call, tile, row, T(0), static_cast<T*>(nullptr), static_cast<T*>(nullptr),
-                                     sums);
+__device__ void visit_cells(UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, T (&sums)[2]) {
+    const Axis axis{call.height, call.labels.height, call.align_corners};
+    int begin = first_pixel(tile.top, axis);
+    for (int row = tile.top; row < tile.bottom; ++row) {
+        const Span<T> rows = span_of<T>(row, begin, axis);
+        visit_row<T, Order::forward>(s, call, tile, row, rows, row == tile.top, T(0), static_cast<T*>(nullptr),
+                                     static_cast<T*>(nullptr), sums);
+        begin = rows.end;
+    }
 }
 
 // Both backwards: the gradient of the tile's source positions, row by row; the row above the tile is computed for what
 // it gives below.
 template <class T, Order order>
-__device__ void visit_sources(const UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, T scale,
+__device__ void visit_sources(UpsampleShared<T>& s, const Upsample& call, const CellTile& tile, T scale,
                               T (&sums)[2]) {
     const Axis columns{call.width, call.labels.width, call.align_corners};
     const int count = call.slots * (tile.right - tile.left);
@@ -324,16 +417,19 @@ __device__ void visit_sources(const UpsampleShared<T>& s, const Upsample& call, 
     for (int i = threadIdx.x; i < tile.right - tile.left + 2; i += blockDim.x)
         s.first[i] = first_pixel(tile.left - 1 + i, columns);
     for (int i = threadIdx.x; i < count; i += blockDim.x) gathered[i] = T(0);
-    for (int row = tile.top > 0 ? tile.top - 1 : 0; row < tile.bottom; ++row) {
+    const Axis axis{call.height, call.labels.height, call.align_corners};
+    const int above = tile.top > 0 ? tile.top - 1 : 0;
+    int begin = first_pixel(above, axis);
+    for (int row = above; row < tile.bottom; ++row) {
         for (int i = threadIdx.x; i < count; i += blockDim.x) next[i] = T(0);
         __syncthreads();
-        visit_row<T, order>(s, call, tile, row, scale, gathered, next, sums);
+        const Span<T> rows = span_of<T>(row, begin, axis);
+        begin = rows.end;
+        visit_row<T, order>(s, call, tile, row, rows, row == above, scale, gathered, next, sums);
         const T* more = row == call.height - 1 ? next : nullptr;
         if (row >= tile.top) store_row(call.out_logits, tile, row, call.width, call.slots, gathered, more);
         __syncthreads();
-        T* swapped = gathered;
-        gathered = next;
-        next = swapped;
+        exchange(gathered, next);
     }
 }
 
@@ -353,7 +449,7 @@ __device__ void keep_scalars(T* partial, const T (&sums)[2], T* workspace) {
 }
 
 template <class T, Order order>
-__global__ void __launch_bounds__(128, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(128, kUpsampleBlocks<T, order>)
     upsample_kernel(const __grid_constant__ Upsample call, const __grid_constant__ UpsamplePlan plan) {
     UpsampleShared<T> s;
     carve_upsample<T, order>(s, reinterpret_cast<T*>(shared_memory()), plan, call.slots);
@@ -362,7 +458,7 @@ __global__ void __launch_bounds__(128, sizeof(T) == 8 ? 2 : 4)
     T sums[2] = {T(0), T(0)};
     for (std::int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
         if constexpr (order == Order::forward)
-            visit_pixels(s, call, cell_tile(tile, call, plan), sums);
+            visit_cells(s, call, cell_tile(tile, call, plan), sums);
         else
             visit_sources<T, order>(s, call, cell_tile(tile, call, plan), scale, sums);
     }

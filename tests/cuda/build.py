@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -21,6 +23,8 @@ KERNELS = sorted(SOURCES.glob("*.cu"))
 # longjmp between fibers is what the fortified one takes for an attack
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-DPMM_EMULATED", f"-I{SOURCES}", f"-I{ROOT / 'tests' / 'cuda'}"]
+# sanitizers, for instance (csrc/README.md)
+FLAGS += shlex.split(os.environ.get("PMM_EMULATOR_FLAGS", ""))
 
 
 def run(command: Sequence[object]) -> str:
@@ -37,9 +41,9 @@ def includes() -> list[str]:
     return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
 
-def load(path: Path) -> ModuleType:
-    """A compiled ``_CUDA``, without putting it among the package's modules."""
-    spec = importlib.util.spec_from_file_location("_CUDA", path)
+def load(path: Path, name: str = "_CUDA") -> ModuleType:
+    """A compiled ``_CUDA``, without putting it among the package's modules; pybind11 runs each name once."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,9 +1,10 @@
 // A GPU in plain C++, for tests: the kernels of csrc/cuda compile against it with g++ and run on the CPU.
 //
-// Blocks run one after another; the threads of a block are fibers that switch at __syncthreads, __syncwarp, shuffles
-// and ballots.  Shared memory is filled with NaN before every block, so that a read before a write shows.  Threads run
-// in ascending order between two barriers, or in descending order (set_emulation), so that a missing barrier shows in
-// one of the two.
+// Blocks run one after another; the threads of a block are fibers that switch at __syncthreads, shuffles and ballots.
+// Shared memory is filled with NaN before every block, so that a read before a write shows.  Threads between two
+// barriers, and blocks, run in ascending, descending or random order (set_emulation), so that a missing barrier shows
+// in one of them; what is copied asynchronously arrives as late as it can, as early, or either.  A barrier or shuffle
+// that some threads of its block or warp do not reach, or reach at another place of the sources, is an error.
 #pragma once
 
 #include <setjmp.h>
@@ -17,6 +18,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -34,7 +37,14 @@ struct Dim {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorAssert = 2, cudaErrorLaunchFailure = 3 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorAssert = 2,
+    cudaErrorLaunchFailure = 3,
+    cudaErrorNoKernelImageForDevice = 4,
+};
+struct cudaFuncAttributes {};
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -45,6 +55,15 @@ namespace emulator {
 
 enum class State { ready, at_block, at_warp, done };
 
+// orders of threads and blocks; larger numbers are seeds of random ones
+constexpr unsigned kAscending = 0, kDescending = 1;
+
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+
 struct Fiber {
     ucontext_t context;
     jmp_buf jump;
@@ -52,7 +71,9 @@ struct Fiber {
     State state = State::done;
     bool started = false;
     int parity = 0;
+    int line = 0;  // where it waits
     unsigned thread = 0;
+    std::vector<Copy> copies;
 };
 
 constexpr size_t kStack = 128 * 1024;
@@ -69,8 +90,10 @@ struct Device {
     int wrong_labels = 0;
     int multiprocessors = 2;
     int shared_limit = 99 * 1024;
-    bool descending = false;
+    unsigned order = kAscending;
+    std::mt19937 random;
     long launches = 0;
+    bool missing_code = false;
 };
 
 inline Device& device() {
@@ -101,23 +124,29 @@ inline void resume(Fiber& fiber) {
     setcontext(&fiber.context);
 }
 
-inline void wait(State state) {
+inline void wait(State state, int line) {
     Device& gpu = device();
     gpu.current->state = state;
+    gpu.current->line = line;
     if (!_setjmp(gpu.current->jump)) _longjmp(gpu.jump, 1);
 }
 
 inline bool release(size_t first, size_t last, State waiting) {
     auto& fibers = device().fibers;
-    bool any = false;
-    for (size_t i = first; i < last; ++i) {
-        if (fibers[i].state == State::done) continue;
-        if (fibers[i].state != waiting) return false;
-        any = true;
-    }
-    for (size_t i = first; any && i < last; ++i)
-        if (fibers[i].state == waiting) fibers[i].state = State::ready;
-    return any;
+    for (size_t i = first; i < last; ++i)
+        if (fibers[i].state != waiting || fibers[i].line != fibers[first].line) return false;
+    for (size_t i = first; i < last; ++i) fibers[i].state = State::ready;
+    return true;
+}
+
+// 0 .. count in the order that is asked for
+inline std::vector<unsigned> ordered(size_t count) {
+    Device& gpu = device();
+    std::vector<unsigned> numbers(count);
+    std::iota(numbers.begin(), numbers.end(), 0u);
+    if (gpu.order == kDescending) std::reverse(numbers.begin(), numbers.end());
+    if (gpu.order > kDescending) std::shuffle(numbers.begin(), numbers.end(), gpu.random);
+    return numbers;
 }
 
 // true when every thread finished, false on a barrier that not all threads reach
@@ -125,8 +154,8 @@ inline bool run_warps(size_t threads) {
     Device& gpu = device();
     for (;;) {
         bool progress = false;
-        for (size_t i = 0; i < threads; ++i) {
-            Fiber& fiber = gpu.fibers[gpu.descending ? threads - 1 - i : i];
+        for (unsigned i : ordered(threads)) {
+            Fiber& fiber = gpu.fibers[i];
             if (fiber.state != State::ready) continue;
             resume(fiber);
             progress = true;
@@ -151,6 +180,7 @@ inline bool run_block(unsigned block, size_t threads, size_t shared) {
         fiber.state = State::ready;
         fiber.started = false;
         fiber.parity = 0;
+        fiber.copies.clear();
         fiber.thread = static_cast<unsigned>(i);
     }
     if (!run_warps(threads)) return false;
@@ -159,7 +189,7 @@ inline bool run_block(unsigned block, size_t threads, size_t shared) {
 }
 
 template <class V>
-std::array<V, 32> exchange(V value) {
+std::array<V, 32> exchange(V value, int line) {
     static_assert(sizeof(V) <= sizeof(double));
     Device& gpu = device();
     Fiber& self = *gpu.current;
@@ -167,11 +197,20 @@ std::array<V, 32> exchange(V value) {
     // two banks in turn: a lane cannot be two shuffles ahead of another
     self.parity ^= 1;
     std::memcpy(&gpu.slots[bank + self.thread], &value, sizeof(V));
-    wait(State::at_warp);
+    wait(State::at_warp, line);
     std::array<V, 32> values;
     for (size_t lane = 0; lane < 32; ++lane)
         std::memcpy(&values[lane], &gpu.slots[bank + self.thread / 32 * 32 + lane], sizeof(V));
     return values;
+}
+
+inline void arrive() {
+    auto& copies = device().current->copies;
+    for (const Copy& copy : copies) {
+        std::memset(copy.to, 0, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    copies.clear();
 }
 
 }  // namespace emulator
@@ -181,17 +220,16 @@ std::array<V, 32> exchange(V value) {
 #define blockDim (::emulator::device().block_size)
 #define gridDim (::emulator::device().grid_size)
 
-inline void __syncthreads() { ::emulator::wait(::emulator::State::at_block); }
-inline void __syncwarp(unsigned = ~0u) { ::emulator::wait(::emulator::State::at_warp); }
+inline void __syncthreads(int line = __builtin_LINE()) { ::emulator::wait(::emulator::State::at_block, line); }
 
 template <class V>
-V __shfl_xor_sync(unsigned, V value, int offset) {
-    return ::emulator::exchange(value)[(threadIdx.x % 32) ^ offset];
+V __shfl_xor_sync(unsigned, V value, int offset, int line = __builtin_LINE()) {
+    return ::emulator::exchange(value, line)[(threadIdx.x % 32) ^ offset];
 }
 
-inline unsigned __ballot_sync(unsigned, bool predicate) {
+inline unsigned __ballot_sync(unsigned, bool predicate, int line = __builtin_LINE()) {
     unsigned mask = 0;
-    const auto values = ::emulator::exchange(static_cast<int>(predicate));
+    const auto values = ::emulator::exchange(static_cast<int>(predicate), line);
     for (int lane = 0; lane < 32; ++lane) mask |= static_cast<unsigned>(values[lane] != 0) << lane;
     return mask;
 }
@@ -216,9 +254,16 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     return cudaSuccess;
 }
 
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) {
+    return ::emulator::device().missing_code ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
 inline const char* cudaGetErrorString(cudaError_t error) {
     constexpr const char* texts[] = {"no error", "invalid argument", "device-side assert triggered",
-                                     "a barrier that not all threads reach, or a write past the shared memory"};
+                                     "a barrier that not all threads reach, or a write past the shared memory",
+                                     "no kernel image is available for execution on the device"};
     return texts[error];
 }
 
@@ -275,6 +320,16 @@ inline unsigned char* shared_memory() {
 
 inline void assume_shared(const void*) {}
 
+inline void copy_sixteen(void* to, const void* from, bool wanted) {
+    auto& gpu = ::emulator::device();
+    const bool random = gpu.order > ::emulator::kDescending;
+    const bool early = random ? gpu.random() % 2 : gpu.order == ::emulator::kDescending;
+    gpu.current->copies.push_back({to, from, wanted ? size_t(16) : 0});
+    if (early) ::emulator::arrive();
+}
+
+inline void await_copies() { ::emulator::arrive(); }
+
 inline void wrong_label() { ++::emulator::device().wrong_labels; }
 
 template <class... Parameters, class... Arguments>
@@ -289,7 +344,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, size_
     gpu.wrong_labels = 0;
     ++gpu.launches;
     gpu.body = [&] { kernel(arguments...); };
-    for (int block = 0; block < blocks; ++block)
+    gpu.random.seed(gpu.order);
+    for (unsigned block : ::emulator::ordered(blocks))
         if (!::emulator::run_block(block, threads, shared)) return cudaErrorLaunchFailure;
     return gpu.wrong_labels ? cudaErrorAssert : cudaSuccess;
 }

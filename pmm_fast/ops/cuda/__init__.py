@@ -43,6 +43,19 @@ def module() -> ModuleType:
     return extension.load("_CUDA")
 
 
+_reasons: dict[torch.device, str | None] = {}
+
+
+def unusable(tensor: Tensor) -> str | None:
+    """Why the tensor's device cannot run the compiled kernels, or None; asked once a device."""
+    if tensor.device not in _reasons:
+        with launching(tensor):
+            reason = module().unusable()
+        compiler = getattr(module(), "compiler", "an unnamed compiler")
+        _reasons[tensor.device] = f"what {compiler} built does not run on {tensor.device}: {reason}" if reason else None
+    return _reasons[tensor.device]
+
+
 def launching(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's device the current one."""
     return torch.cuda.device_of(tensor)
@@ -98,7 +111,9 @@ class Call:
         """A matrix ``[K, columns]`` that is read: rows padded to whole 16 bytes, on a 16-byte address."""
         if tensor is None or tensor.numel() == 0:
             return
-        tensor = F.pad(tensor.detach(), (0, -tensor.shape[1] % _ROW)).contiguous()
+        tensor, missing = tensor.detach(), -tensor.shape[1] % _ROW
+        # a padding of nothing would be a copy
+        tensor = (F.pad(tensor, (0, missing)) if missing else tensor).contiguous()
         self.address(name, tensor.clone() if tensor.data_ptr() % 16 else tensor)
 
     def address(self, name: str, tensor: Tensor | None) -> None:
