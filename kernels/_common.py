@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ OPTIONS = {"debug": True, "sanitize_overflow": False}
 # few, so that small inputs exercise the loops
 _PROGRAMS_INTERPRETED = 3
 
-# channels of one matrix product
-_CHUNK = tl.constexpr(32)
+# chunks of channels that are under way at once
+_STAGES = tl.constexpr(4)
 # below this squared norm a vector counts as zero
 _ZERO_SQUARED_NORM = tl.constexpr(1e-24)
 
@@ -72,24 +71,15 @@ class Labels(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Bilinear sampling along an axis: index o lies at max(o * step + start, 0) / unit, between 0 and last."""
+    """Bilinear sampling along an axis: index o lies at max(o * step + start, 0) / unit, between 0 and -minus_last.
+
+    None of these is ever 1, which Triton makes a constant of, and then loses in a tuple within a tuple.
+    """
 
     step: int
     start: int
     unit: int
-    last: int
-
-
-def tuned(key: list[str], configurations: tuple[tuple[int, int], ...]) -> Callable[[Any], Any]:
-    """Choose warps and stages by measurement, once for each value of ``key``; an interpreter has neither."""
-
-    def decorate(kernel: Any) -> Any:
-        if interpreted():
-            return kernel
-        configs = [triton.Config(dict(OPTIONS), num_warps=w, num_stages=s) for w, s in configurations]
-        return triton.autotune(configs, key)(kernel)
-
-    return decorate
+    minus_last: int
 
 
 @cache
@@ -115,10 +105,15 @@ def as_labels(tensor: Tensor | None, ignore_index: int) -> Labels | None:
     return Labels(tensor, *tensor.stride(), ignore_index)
 
 
+def make_axis(step: int, start: int, unit: int, last: int) -> Axis:
+    """Indices o at max(o * step + start, 0) / unit, between 0 and last."""
+    return Axis(2 * step, 2 * start, 2 * unit, -last)
+
+
 def aligned_axis(size_in: int, size_out: int) -> Axis:
     """``size_out`` samples of ``size_in`` points, corners on corners."""
     step = size_in - 1 if size_out > 1 else 0
-    return Axis(step, 0, size_out - 1 if step else max(size_out, 1), size_in - 1)
+    return make_axis(step, 0, size_out - 1 if step else max(size_out, 1), size_in - 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -219,39 +214,40 @@ def load_rows(p_rows, o_k, o_c, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def store_if(m, b_x, at, o_c, C: tl.constexpr):
-    """store_block; nothing where the map is None."""
-    if m is not None:
-        store_block(m, b_x, at, o_c, C)
-
-
-@triton.jit
 def store_partial(p_sums, b_sums, i_program, o_k, o_c, K: tl.constexpr, C: tl.constexpr):
-    """Write a program's [BLOCK_K, BLOCK_C] into [programs, K, C], unless that is None."""
-    if p_sums is not None:
-        p_rows = p_sums + (i_program.to(tl.int64) * K + o_k)[:, None] * C + o_c[None, :]
-        tl.store(p_rows, b_sums, mask=(o_k < K)[:, None] & (o_c < C)[None, :])
+    """Write a program's [BLOCK_K, BLOCK_C] into [programs, K, C]."""
+    p_rows = p_sums + (i_program.to(tl.int64) * K + o_k)[:, None] * C + o_c[None, :]
+    tl.store(p_rows, b_sums, mask=(o_k < K)[:, None] & (o_c < C)[None, :])
 
 
 @triton.jit
-def project(b_own, m, p_rows, at, o_k, o_c, K: tl.constexpr, C: tl.constexpr):
-    """Products [BLOCK_P, BLOCK_K] of a map with the rows of a [K, C]; ``b_own`` is its block at the channels ``o_c``.
+def products(
+    x, y, p_rows, p_more, at, o_k, K: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """x.x and x.y [BLOCK_P], products [BLOCK_P, BLOCK_K] of x and of y with rows, and of x with more rows.
 
-    A map or rows that are None count as zeros.  The product is taken a chunk of channels at a time, since both operands
-    of a product lie in registers as a whole; the chunks come from the cache, which ``b_own`` has passed through.
+    Maps are [B, C, P], rows [K, C]; one that is None counts as zeros.  All channels are visited, a chunk at a time: an
+    operand of a product lies in registers as a whole, and the next chunks are on their way meanwhile.
     """
-    CHUNK: tl.constexpr = _CHUNK
-    if (m is None) or (p_rows is None):
-        b_sum = tl.zeros([at[1].shape[0], o_k.shape[0]], b_own.dtype)
-    elif min(o_c.shape[0], CHUNK) >= C:
-        b_sum = dot(b_own, tl.trans(load_rows(p_rows, o_k, o_c, K, C)))
-    else:
-        b_sum = tl.zeros([at[1].shape[0], o_k.shape[0]], b_own.dtype)
-        for i_c in range(0, C, CHUNK):
-            o_chunk = i_c + tl.arange(0, CHUNK)
-            b_chunk = load_block(m, at, o_chunk, C, b_own.dtype)
-            b_sum = dot(b_chunk, tl.trans(load_rows(p_rows, o_k, o_chunk, K, C)), b_sum)
-    return b_sum
+    b_squares, b_pairs = tl.zeros([at[1].shape[0], CHUNK], COMPUTE), tl.zeros([at[1].shape[0], CHUNK], COMPUTE)
+    b_x_rows = tl.zeros([at[1].shape[0], o_k.shape[0]], COMPUTE)
+    b_y_rows, b_x_more = tl.zeros_like(b_x_rows), tl.zeros_like(b_x_rows)
+    if x is not None:
+        for i_c in tl.range(0, C, CHUNK, num_stages=_STAGES):
+            o_c = i_c + tl.arange(0, CHUNK)
+            b_x = load_block(x, at, o_c, C, COMPUTE)
+            b_squares += b_x * b_x
+            if p_rows is not None:
+                b_rows = tl.trans(load_rows(p_rows, o_k, o_c, K, C))
+                b_x_rows = dot(b_x, b_rows, b_x_rows)
+            if p_more is not None:
+                b_x_more = dot(b_x, tl.trans(load_rows(p_more, o_k, o_c, K, C)), b_x_more)
+            if y is not None:
+                b_y = load_block(y, at, o_c, C, COMPUTE)
+                b_pairs += b_x * b_y
+                if p_rows is not None:
+                    b_y_rows = dot(b_y, b_rows, b_y_rows)
+    return tl.sum(b_squares, 1), tl.sum(b_pairs, 1), b_x_rows, b_y_rows, b_x_more
 
 
 @triton.jit
@@ -263,19 +259,13 @@ def combine(b_u, p_rows, b_sum, o_k, o_c, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def inner(b_x, x, b_y, y, at, o_c, C: tl.constexpr):
-    """Inner product [BLOCK_P] over all channels of two maps, of which ``b_x`` and ``b_y`` are the blocks at ``o_c``."""
-    BLOCK_C: tl.constexpr = o_c.shape[0]
-    if (x is None) or (y is None):
-        b_sum = tl.zeros([at[1].shape[0]], b_x.dtype)
-    elif C <= BLOCK_C:
-        b_sum = tl.sum(b_x * b_y, 1)
+def squared_norm(b_x, m, at, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Squared norms [BLOCK_P] over all channels of a map, of which ``b_x`` is a program's block."""
+    BLOCK_C: tl.constexpr = b_x.shape[1]
+    if C <= BLOCK_C:
+        b_sum = tl.sum(b_x * b_x, 1)
     else:
-        b_sum = tl.zeros([at[1].shape[0]], b_x.dtype)
-        for i_c in range(0, C, BLOCK_C):
-            o_all = i_c + tl.arange(0, BLOCK_C)
-            b_block = load_block(x, at, o_all, C, b_x.dtype)
-            b_sum += tl.sum(b_block * load_block(y, at, o_all, C, b_x.dtype), 1)
+        b_sum = products(m, None, None, None, at, tl.arange(0, 16), 16, C, CHUNK, b_x.dtype)[0]
     return b_sum
 
 
@@ -303,8 +293,8 @@ def load_label(labels, i_b, o_y, o_x, mask, K: tl.constexpr):
 def taps(axis, o, COMPUTE: tl.constexpr):
     """Lower index, upper index and the upper one's weight, exact: the position is a ratio of integers."""
     o_at = tl.maximum(o * axis.step + axis.start, 0)
-    o_low = tl.minimum(o_at // axis.unit, axis.last)
-    return o_low, tl.minimum(o_low + 1, axis.last), (o_at % axis.unit).to(COMPUTE) / axis.unit
+    o_low = tl.minimum(o_at // axis.unit, -axis.minus_last)
+    return o_low, tl.minimum(o_low + 1, -axis.minus_last), (o_at % axis.unit).to(COMPUTE) / axis.unit
 
 
 @triton.jit

@@ -5,15 +5,10 @@ Letters: B images, C channels, K classes, h x w positions, H x W label pixels.
 
 from __future__ import annotations
 
+import torch
 from pmm_fast.kernels._common import as_labels, as_map, empty_map
-from pmm_fast.kernels._walk import (
-    backward_kernel,
-    double_backward_kernel,
-    forward_kernel,
-    launch,
-    measure,
-    total,
-)
+from pmm_fast.kernels._launch import measure, outer, pool, visit
+from pmm_fast.kernels._walk import backward_kernel, double_backward_kernel
 from torch import Tensor
 
 
@@ -22,11 +17,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``sums [K, C]`` and ``mass [K]`` of ``features [B, C, h, w]`` and ``labels [B, H, W]``."""
     sizes = measure(features, num_classes, None, labels)
-    sums = sizes.partial(True, num_classes, features.shape[1])
-    mass = sizes.partial(True, num_classes)
-    maps = (as_map(features), None, as_labels(labels, ignore_index))
-    launch(forward_kernel, sizes, *maps, *(None,) * 5, sums, mass, sizes.grid, NORMALIZE=normalize)
-    return total(sums, features), total(mass, features)
+    return pool(sizes, features, as_labels(labels, ignore_index), normalize)
 
 
 def backward(grad_sums: Tensor, features: Tensor, labels: Tensor, ignore_index: int, normalize: bool) -> Tensor:
@@ -35,8 +26,7 @@ def backward(grad_sums: Tensor, features: Tensor, labels: Tensor, ignore_index: 
     grad_features = empty_map(features, features.shape[1])
     read = as_map(features) if normalize else None
     incoming = (None, None, grad_sums.contiguous(), read, as_labels(labels, ignore_index))
-    outputs = (as_map(grad_features), None, None, None)
-    launch(backward_kernel, sizes, *incoming, None, None, None, *outputs, sizes.grid)
+    visit(backward_kernel, sizes, *incoming, None, None, None, as_map(grad_features), None, None, None, capped=True)
     return grad_features
 
 
@@ -54,10 +44,12 @@ def double_backward(
         sums, _ = forward(grad_grad_features, labels, grad_sums.shape[0], ignore_index, False)
         return sums, empty_map(features, features.shape[1]).zero_()
     sizes = measure(features, grad_sums.shape[0], None, labels)
-    for_sums = sizes.partial(True, *grad_sums.shape)
+    # what the gradient of the sums is summed with, beside the incoming gradient and the features
+    for_sums = sizes.slots_map(), sizes.slots_map()
     for_features = empty_map(features, features.shape[1])
     incoming = (as_map(grad_grad_features), *(None,) * 5, grad_sums.contiguous())
     saved = (as_map(features), as_labels(labels, ignore_index), None, None, None)
-    outputs = (None, None, for_sums, as_map(for_features), None, None, None)
-    launch(double_backward_kernel, sizes, *incoming, *saved, *outputs, sizes.grid)
-    return total(for_sums, features), for_features
+    outputs = (None, None, as_map(for_features), None, None, None, None, *map(as_map, for_sums))
+    visit(double_backward_kernel, sizes, *incoming, *saved, *outputs)
+    total, _ = outer(sizes, (for_sums[0], grad_grad_features), (for_sums[1], features), (None, None))
+    return torch.zeros_like(grad_sums) if total is None else total, for_features

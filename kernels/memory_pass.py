@@ -5,18 +5,11 @@ Letters: B images, C channels, D channels of the values, K slots or classes, h x
 
 from __future__ import annotations
 
+import torch
 from pmm_fast.kernels import masked_average_pool
 from pmm_fast.kernels._common import Map, as_labels, as_map, empty_map
-from pmm_fast.kernels._walk import (
-    Sizes,
-    as_memory,
-    backward_kernel,
-    double_backward_kernel,
-    forward_kernel,
-    launch,
-    measure,
-    total,
-)
+from pmm_fast.kernels._launch import Sizes, as_memory, measure, outer, pool, visit
+from pmm_fast.kernels._walk import backward_kernel, double_backward_kernel, read_kernel
 from torch import Tensor
 
 
@@ -30,23 +23,24 @@ def forward(
     temperature: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``read [B, D, h, w]``, ``scores [B, K, h, w]``, ``sums [K, C]`` and ``mass [K]``, in one kernel.
+    """``read [B, D, h, w]``, ``scores [B, K, h, w]``, ``sums [K, C]`` and ``mass [K]``.
+
+    One kernel does both where the same features are read and pooled; two tensors share no data, and take one each.
 
     Args:
         written: what is pooled; None: the features themselves.
         labels: None: nothing is pooled, and sums and mass are empty.
     """
-    slots, channels = keys.shape
-    sizes = measure(features, slots, values, labels)
+    sizes = measure(features, len(keys), values, labels)
     read = empty_map(features, values.shape[1])
-    scores = keys.new_empty((features.shape[0], slots, *features.shape[2:]))
-    sums = sizes.partial(labels is not None, slots, channels)
-    mass = sizes.partial(labels is not None, slots)
-    inputs = (as_map(features), as_map(written), as_labels(labels, ignore_index))
-    outputs = (as_map(read), as_map(scores), sums, mass)
-    memory = as_memory(keys, values, noise, temperature)
-    launch(forward_kernel, sizes, *inputs, *memory, *outputs, sizes.grid, NORMALIZE=True)
-    return read, scores, total(sums, keys), total(mass, keys)
+    scores = keys.new_empty((features.shape[0], len(keys), *features.shape[2:]))
+    reading = (*as_memory(keys, values, noise, temperature), as_map(read), as_map(scores))
+    if labels is not None and written is None:
+        return read, scores, *pool(sizes, features, as_labels(labels, ignore_index), True, reading)
+    visit(read_kernel, sizes, as_map(features), *reading)
+    if labels is None:
+        return read, scores, keys.new_empty((0,)), keys.new_empty((0,))
+    return read, scores, *pool(sizes, written, as_labels(labels, ignore_index), True)
 
 
 def _wanted_map(wanted: bool, like: Tensor, channels: int) -> tuple[Tensor, Map | None]:
@@ -61,8 +55,15 @@ def _wanted_slots(wanted: bool, sizes: Sizes, keys: Tensor) -> tuple[Tensor, Map
     """A fresh gradient ``[B, K, h, w]`` of scores or noise, likewise."""
     if not wanted:
         return keys.new_empty((0,)), None
-    gradient = keys.new_empty((sizes.grid.images, keys.shape[0], *sizes.shape))
+    gradient = sizes.slots_map()
     return gradient, as_map(gradient)
+
+
+def _sum_or_zeros(wanted: bool, total: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient like ``[K, C]`` that is a sum; zeros where nothing was added up, empty where it is not wanted."""
+    if total is not None:
+        return total
+    return torch.zeros_like(like) if wanted else like.new_empty((0,))
 
 
 def _is_map(noise: Tensor | None) -> bool:
@@ -87,13 +88,15 @@ def one_backward(
     labels = None if grad_sums is None else labels
     sizes = measure(features, keys.shape[0], values, labels)
     grad_features, features_map = _wanted_map(mask[0], features, features.shape[1])
-    grad_keys, grad_values = sizes.partial(mask[1], *keys.shape), sizes.partial(mask[2], *values.shape)
+    for_keys, for_values = sizes.slots_map(mask[1]), sizes.slots_map(mask[2] and grad_read is not None)
     grad_noise, noise_map = _wanted_slots(mask[3] and _is_map(noise), sizes, keys)
     incoming = (as_map(grad_read), as_map(grad_scores), None if grad_sums is None else grad_sums.contiguous())
     inputs = (as_map(features), as_labels(labels, ignore_index), *as_memory(keys, values, noise, temperature))
-    outputs = (features_map, grad_keys, grad_values, noise_map)
-    launch(backward_kernel, sizes, *incoming, *inputs, *outputs, sizes.grid)
-    return grad_features, total(grad_keys, keys), total(grad_values, values), grad_noise
+    outputs = (features_map, as_map(for_keys), as_map(for_values), noise_map)
+    visit(backward_kernel, sizes, *incoming, *inputs, *outputs)
+    grad_keys, grad_values = outer(sizes, (for_keys, features), (None, None), (for_values, grad_read))
+    rows = _sum_or_zeros(mask[1], grad_keys, keys), _sum_or_zeros(mask[2], grad_values, values)
+    return (grad_features, *rows, grad_noise)
 
 
 def backward(
@@ -150,18 +153,24 @@ def one_double_backward(
     sizes = measure(features, keys.shape[0], values, labels)
     for_read, read_map = _wanted_map(mask[0], features, values.shape[1])
     for_scores, scores_map = _wanted_slots(mask[1], sizes, keys)
-    for_sums = sizes.partial(mask[2] and labels is not None, *keys.shape)
     for_features, features_map = _wanted_map(mask[3], features, features.shape[1])
-    for_keys, for_values = sizes.partial(mask[4], *keys.shape), sizes.partial(mask[5], *values.shape)
     for_noise, noise_map = _wanted_slots(mask[6] and _is_map(noise), sizes, keys)
+    # what the gradients of the sums, the keys and the values are summed with, beside a, f and the gradient of the read
+    a, wants_sums = grad_grad_features, mask[2] and labels is not None
+    sums_a, sums_f = sizes.slots_map(wants_sums and a is not None), sizes.slots_map(wants_sums)
+    keys_a, keys_f = sizes.slots_map(mask[4] and a is not None), sizes.slots_map(mask[4])
+    values_g = sizes.slots_map(mask[5] and grad_read is not None)
     matrices = (None if x is None else x.contiguous() for x in (grad_grad_keys, grad_grad_values))
-    incoming = (as_map(grad_grad_features), *matrices, as_map(grad_grad_noise))
+    incoming = (as_map(a), *matrices, as_map(grad_grad_noise))
     saved = (as_map(grad_read), as_map(grad_scores), None if grad_sums is None else grad_sums.contiguous())
     inputs = (as_map(features), as_labels(labels, ignore_index), *as_memory(keys, values, noise, temperature))
-    outputs = (read_map, scores_map, for_sums, features_map, for_keys, for_values, noise_map)
-    launch(double_backward_kernel, sizes, *incoming, *saved, *inputs, *outputs, sizes.grid)
-    sums = total(for_sums, keys)
-    return for_read, for_scores, sums, for_features, total(for_keys, keys), total(for_values, values), for_noise
+    outputs = (read_map, scores_map, features_map, noise_map, *map(as_map, (keys_a, keys_f, values_g, sums_a, sums_f)))
+    visit(double_backward_kernel, sizes, *incoming, *saved, *inputs, *outputs, capped=labels is None)
+    for_sums, _ = outer(sizes, (sums_a, a), (sums_f, features), (None, None))
+    for_keys, for_values = outer(sizes, (keys_a, a), (keys_f, features), (values_g, grad_read))
+    for_sums = _sum_or_zeros(mask[2], for_sums, keys)
+    rows = _sum_or_zeros(mask[4], for_keys, keys), _sum_or_zeros(mask[5], for_values, values)
+    return (for_read, for_scores, for_sums, for_features, *rows, for_noise)
 
 
 def double_backward(

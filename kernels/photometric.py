@@ -237,7 +237,8 @@ def forward(
     if contrast:
         sums = torch.empty((n, _PARTS), dtype=torch.int64, device=images.device)
         grey_kernel[_PARTS, n](given, looks, sums, size, w, PARTS=_PARTS, BLOCK=_BLOCK, **_OPTIONS)
-        greys = (sums.sum(1).double() / size + 0.5).floor().float()
+        # in whole numbers: a GPU divides by a number with its reciprocal, which misses a mean that is half a level
+        greys = ((2 * sums.sum(1) + size) // (2 * size)).float()
     levels = torch.empty_like(out, dtype=torch.uint8) if radius else out
     change_kernel[grid](
         given, looks, greys, scale, shift, levels, size, w, NORMALISE=radius == 0, BLOCK=_BLOCK, **_OPTIONS

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from pmm_fast.kernels._common import (
+    OPTIONS,
     Axis,
     Map,
     aligned_axis,
@@ -26,15 +27,16 @@ from pmm_fast.kernels._common import (
     dot,
     empty_map,
     load_label,
+    make_axis,
     resident_programs,
     taps,
     triton_dtype,
-    tuned,
 )
 from torch import Tensor
 
-_KEY = ["K", "COMPUTE", "BLOCK_X"]
-_MOST_COLUMNS = 62
+_MOST_COLUMNS = 30
+# pixels of a program at a time: one a thread; backward, whose products hold an operand of all of them, has one warp
+_PIXELS_FORWARD, _PIXELS_BACKWARD = 128, 32
 _MOST_ROWS = 8
 
 
@@ -74,7 +76,8 @@ def _load_row(m, i_b, i_row, geometry, o_x, o_k, K: tl.constexpr, COMPUTE: tl.co
 def _load_ends(m, i_b, i_cell, geometry, o_x, o_k, K: tl.constexpr, COMPUTE: tl.constexpr):
     """Upper end of a row of cells, and lower minus upper end."""
     b_upper = _load_row(m, i_b, i_cell, geometry, o_x, o_k, K, COMPUTE)
-    i_below = tl.minimum(i_cell + 1, geometry.rows.last)
+    tl.debug_barrier()
+    i_below = tl.minimum(i_cell + 1, -geometry.rows.minus_last)
     return b_upper, _load_row(m, i_b, i_below, geometry, o_x, o_k, K, COMPUTE) - b_upper
 
 
@@ -92,7 +95,6 @@ def _exponentials(b_upper, b_rise, b_down, o_k, K: tl.constexpr):
     return tl.where((o_k < K)[None, :], tl.exp(b_z - b_max[:, None]), 0.0), b_max, b_z
 
 
-@tuned(_KEY, ((4, 1), (8, 1)))
 @triton.jit
 def forward_kernel(
     logits, labels, losses, counts, geometry,
@@ -140,29 +142,30 @@ def _cell_sums(
     """
     b_upper, b_rise = _load_ends(logits, i_b, i_cell, geometry, o_x, o_k, K, COMPUTE)
     if grad_grad is not None:
+        tl.debug_barrier()
         b_a_upper, b_a_rise = _load_ends(grad_grad, i_b, i_cell, geometry, o_x, o_k, K, COMPUTE)
     b_all, b_low = tl.zeros_like(b_upper), tl.zeros_like(b_upper)
-    b_slope = tl.zeros([o_x.shape[0]], COMPUTE)
+    tl.debug_barrier()
+    b_slope, m_k = tl.zeros([o_x.shape[0]], COMPUTE), (o_k < K)[None, :]
     end = _first(geometry.rows, i_cell + 1, geometry.height)
     for i_y in range(_first(geometry.rows, i_cell, geometry.height), end):
         b_label = load_label(labels, i_b, i_y, o_x, o_x < geometry.width, K)
         b_down = _down(geometry.rows, i_y, i_cell, COMPUTE)
         b_e, _, _ = _exponentials(b_upper, b_rise, b_down, o_k, K)
         b_p = tl.where((b_label >= 0)[:, None], b_e * (1 / tl.sum(b_e, 1))[:, None], 0.0)
-        m_label = o_k[None, :] == b_label[:, None]
+        m_label = (o_k[None, :] == b_label[:, None]) & m_k
         if grad_grad is not None:
             b_a = b_a_upper + b_down * b_a_rise
-            b_mean = tl.sum(b_p * b_a, 1)
+            b_mean = tl.sum(tl.where(m_k, b_p * b_a, 0.0), 1)
             b_slope += tl.where(m_own, b_mean - tl.sum(tl.where(m_label, b_a, 0.0), 1), 0.0)
             b_dz = b_p * (b_a - b_mean[:, None])
         else:
             b_dz = b_p - tl.where(m_label, 1.0, 0.0)
         b_all += b_dz
         b_low += b_down * b_dz
-    return b_all - b_low, b_low, b_slope
+    return tl.where(m_k, b_all - b_low, 0.0), tl.where(m_k, b_low, 0.0), b_slope
 
 
-@tuned(_KEY, ((4, 1), (8, 1)))
 @triton.jit
 def backward_kernel(
     grad_loss, grad_grad, logits, labels, count, grad_logits, slopes, geometry,
@@ -182,9 +185,9 @@ def backward_kernel(
     b_slope, b_carry = tl.zeros([BLOCK_X], COMPUTE), tl.zeros([BLOCK_J, BLOCK_K], COMPUTE)
     i_start = _first(geometry.columns, i_left - 1, geometry.width)
     i_end = _first(geometry.columns, tl.minimum(i_left + COLUMNS, geometry.w), geometry.width)
-    for i_cell in range(tl.maximum(i_top - 1, 0), tl.minimum(i_top + ROWS, geometry.h)):
-        b_upper, b_lower = tl.zeros([BLOCK_J, BLOCK_K], COMPUTE), tl.zeros([BLOCK_J, BLOCK_K], COMPUTE)
-        for i_x in range(i_start, i_end, BLOCK_X):
+    for i_cell in tl.range(tl.maximum(i_top - 1, 0), tl.minimum(i_top + ROWS, geometry.h), disable_licm=True):
+        b_upper, b_lower = b_carry, tl.zeros([BLOCK_J, BLOCK_K], COMPUTE)
+        for i_x in tl.range(i_start, i_end, BLOCK_X):
             o_x = i_x + tl.arange(0, BLOCK_X)
             o_low, o_high, b_across = taps(geometry.columns, o_x, COMPUTE)
             # the cells of a program's first row and column count where they belong
@@ -197,7 +200,7 @@ def backward_kernel(
             b_upper, b_lower = dot(b_weight, b_up, b_upper), dot(b_weight, b_down, b_lower)
             b_slope += b_part
         # the last row of cells has both ends in the last row of positions
-        b_sum = b_scale * (b_upper + b_carry + tl.where(i_cell == geometry.rows.last, b_lower, 0.0))
+        b_sum = b_scale * (b_upper + tl.where(i_cell == -geometry.rows.minus_last, b_lower, 0.0))
         b_carry = b_lower
         o_position = (i_cell * geometry.w + o_j).to(tl.int64) * grad_logits.p
         p_sum = grad_logits.data + i_b.to(tl.int64) * grad_logits.b + o_k.to(tl.int64)[None, :] * grad_logits.c
@@ -210,17 +213,21 @@ def backward_kernel(
 def _axis(size_in: int, size_out: int, align_corners: bool) -> Axis:
     if align_corners:
         return aligned_axis(size_in, size_out)
-    return Axis(2 * size_in, size_in - size_out, 2 * size_out, size_in - 1)
+    return make_axis(2 * size_in, size_in - size_out, 2 * size_out, size_in - 1)
 
 
-def _measure(logits: Tensor, labels: Tensor, align_corners: bool) -> tuple[Geometry, dict[str, Any]]:
+def _measure(logits: Tensor, labels: Tensor, align_corners: bool, pixels: int) -> tuple[Geometry, dict[str, Any]]:
+    """Where pixels lie, and the constants of a launch; a program takes as many ``pixels`` at a time if classes are few.
+
+    A thread holds all classes of a pixel as long as they fit; a float64 product needs the smallest blocks.
+    """
     (_, classes, h, w), (_, height, width) = logits.shape, labels.shape
     rows, columns = _axis(h, height, align_corners), _axis(w, width, align_corners)
     block_k = max(16, triton.next_power_of_2(classes))
-    # a thread holds all classes of a pixel as long as they fit; a float64 product needs the smallest blocks
-    block_x = 16 if logits.dtype == torch.float64 else max(16, min(128, 4096 // block_k))
+    block_x = 16 if logits.dtype == torch.float64 else max(16, min(pixels, 32 * pixels // block_k))
+    warps = max(1, block_x * block_k // 1024)
     meta = {"K": classes, "COMPUTE": triton_dtype(logits.dtype), "BLOCK_K": block_k, "BLOCK_X": block_x}
-    return Geometry(rows, columns, h, w, height, width), meta
+    return Geometry(rows, columns, h, w, height, width), {**OPTIONS, "num_warps": warps, "num_stages": 1, **meta}
 
 
 def forward(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
@@ -228,13 +235,14 @@ def forward(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bo
     dtype = compute_dtype(logits.dtype)
     if logits.numel() == 0 or labels.numel() == 0:
         return logits.new_zeros((), dtype=dtype), logits.new_ones((), dtype=dtype)
-    geometry, meta = _measure(logits, labels, align_corners)
+    geometry, meta = _measure(logits, labels, align_corners, _PIXELS_FORWARD)
     grid = (logits.shape[0] * geometry.h, triton.cdiv(geometry.width, meta["BLOCK_X"]))
     losses, counts = torch.empty((2, grid[0] * grid[1]), dtype=dtype, device=logits.device)
-    loss, count = torch.empty((2,), dtype=dtype, device=logits.device)
+    # apart, since what an operator returns may not share memory
+    loss, count = logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype)
     forward_kernel[grid](as_map(logits), as_labels(labels, ignore_index), losses, counts, geometry, **meta)
-    finish_kernel[1,](losses, counts, loss, count, len(losses), BLOCK=1024)
-    return loss.clone(), count.clone()
+    finish_kernel[1,](losses, counts, loss, count, len(losses), BLOCK=4096, num_warps=16)
+    return loss, count
 
 
 def _gather(
@@ -250,15 +258,15 @@ def _gather(
     gradient = empty_map(logits, logits.shape[1])
     if logits.numel() == 0 or labels.numel() == 0:
         return gradient.zero_(), None
-    geometry, meta = _measure(logits, labels, align_corners)
-    # as many columns as one block of pixels covers, or several where cells are wide
+    geometry, meta = _measure(logits, labels, align_corners, _PIXELS_BACKWARD)
+    # sixteen columns, of which the first also belongs to the neighbour; half as many where each has many pixels
     cell = geometry.columns.unit / max(geometry.columns.step, 1)
-    pixels = meta["BLOCK_X"] * max(1, round(16 * cell / meta["BLOCK_X"]))
+    pixels = meta["BLOCK_X"] * max(1, round(max(8 * cell, min(16 * cell, 128)) / meta["BLOCK_X"]))
     most = 14 if logits.dtype == torch.float64 else _MOST_COLUMNS
     columns = max(1, min(most, _MOST_COLUMNS, geometry.w, int((pixels - 1) / cell) - 1))
-    # the cells above a tile are visited twice: high tiles, as long as there are enough of them
+    # the cells above a tile are visited twice: high tiles, as long as there are eight programs a multiprocessor
     tiles = logits.shape[0] * geometry.h * triton.cdiv(geometry.w, columns)
-    rows = max(1, min(_MOST_ROWS, tiles // (2 * resident_programs(logits.device))))
+    rows = max(1, min(_MOST_ROWS, tiles // (4 * resident_programs(logits.device))))
     grid = (logits.shape[0] * triton.cdiv(geometry.h, rows), triton.cdiv(geometry.w, columns))
     slopes = None if grad_grad is None else count.new_empty((grid[0] * grid[1],))
     backward_kernel[grid](
