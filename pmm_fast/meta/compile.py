@@ -149,6 +149,13 @@ class CompiledStep:
 
     def _begin(self, call: Call, expected: StepResult, hyper: Hyper) -> None:
         """Compile a new layout, and check the first batch of one; a gradient that is not finite tells nothing."""
+        if call.key not in self._entries and len(self._entries) >= MAX_GRAPHS:
+            self._no_room()
+            return
+        # the sums of a step over ranks need all of them
+        finite = _told_by_ranks(None if _is_finite(expected) else "not finite", hyper, call.device) is None
+        # before there is a graph, whose memory eager mode cannot use
+        others = self._others(call, hyper) if finite else (None, None)
         if call.key not in self._entries:
             traced = self._trace(call, hyper)
             compiled = None if traced is None else self._attempt("compile", hyper, self._build, traced, call)
@@ -156,10 +163,9 @@ class CompiledStep:
                 return
             self._entries[call.key] = _Entry(traced, compiled)
         entry = self._entries[call.key]
-        # the sums of a step over ranks need all of them
-        if _told_by_ranks(None if _is_finite(expected) else "not finite", hyper, call.device):
+        if not finite:
             return
-        agreement = self._attempt("run", hyper, self._compare, entry, call, expected, hyper)
+        agreement = self._attempt("run", hyper, self._compare, entry, call, expected, others, hyper)
         if agreement is None:
             return
         self.agreements.append(agreement)
@@ -173,13 +179,10 @@ class CompiledStep:
 
     def _trace(self, call: Call, hyper: Hyper) -> Traced | None:
         """The graph of a new layout, or None where the step stays eager.  Runs no collective of the step."""
-        if len(self._entries) >= MAX_GRAPHS:
-            self._no_room()
-            return None
         traced = cause = None
         try:
             with self._stage("tracing the step") as seconds:
-                traced = trace(call)
+                traced = trace(call, fuses=self.engine == "inductor")
         # whatever a compiler raises is told, and is no reason to stop training
         except Exception as error:
             cause = error
@@ -219,16 +222,29 @@ class CompiledStep:
         self.say(f"compile: engine {self.engine!r} ready in {seconds():.0f} s{where}")
         return compiled
 
-    def _compare(self, entry: _Entry, call: Call, expected: StepResult, hyper: Hyper) -> Agreement:
-        with self._stage("checking the step against eager mode") as seconds:
-            found = _run(entry, call)
+    def _others(self, call: Call, hyper: Hyper) -> tuple[StepResult | None, StepResult | None]:
+        """What else the check needs of eager mode: order 1 beside order 2, and the same step again on a GPU."""
+        with self._stage("running eager mode to check against") as seconds:
             two_sided = hyper.order == 2 and hyper.mode in META_MODES
             first_order = call.at_order(1) if two_sided else None
             # sums by atomic additions and some kernels of cuDNN give other bits every time
             repeat = call.at_order(hyper.order) if call.device.type == "cuda" else None
             if repeat is not None and not _is_finite(repeat):
                 repeat = None
-            agreement = compare(found, expected, first_order, hyper.autocast, repeat)
+        self.check_seconds += seconds()
+        return first_order, repeat
+
+    def _compare(
+        self,
+        entry: _Entry,
+        call: Call,
+        expected: StepResult,
+        others: tuple[StepResult | None, StepResult | None],
+        hyper: Hyper,
+    ) -> Agreement:
+        with self._stage("checking the step against eager mode") as seconds:
+            found = _run(entry, call)
+            agreement = compare(found, expected, others[0], hyper.autocast, others[1])
         self.check_seconds += seconds()
         return agreement
 

@@ -57,6 +57,8 @@ class CudaGraph:
         self._inputs = [value.clone() for value in values]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.no_grad():
+            # what eager mode has let go of would not be given to another stream
+            torch.cuda.empty_cache()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -71,9 +73,18 @@ class CudaGraph:
 
     def __call__(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """The step of new values."""
-        torch._foreach_copy_(self._inputs, list(values))
+        _copy(self._inputs, values)
         self._graph.replay()
-        return [output.clone() for output in self._outputs]
+        found = [torch.empty_like(output) for output in self._outputs]
+        _copy(found, self._outputs)
+        return found
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy in a launch or two for each type: a list of several types would be copied tensor by tensor."""
+    for dtype in {target.dtype for target in targets}:
+        pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.dtype == dtype]
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
 # made of the traced step, its inputs, and what was made for other layouts of the same step

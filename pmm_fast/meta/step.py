@@ -162,7 +162,7 @@ def step(
     assert batch_mte is not None
     second_order = hyper.order == 2
     inner_grads = _gradient(inner, theta, hyper, create_graph=second_order)
-    adapted = {name: theta[name] - hyper.inner_lr * inner_grads[name] for name in theta}
+    adapted = _adapted(theta, inner_grads, hyper.inner_lr)
     if not second_order:
         adapted = {name: value.detach().requires_grad_() for name, value in adapted.items()}
 
@@ -289,6 +289,13 @@ def _inner_loss(
     if forward.top_weight is not None:
         report["train/top_weight"] = forward.top_weight
     return total, updated, report
+
+
+def _adapted(theta: State, grads: State, inner_lr: float | Tensor) -> State:
+    """theta - alpha g."""
+    # the sign on alpha, or the derivative would turn that of each parameter
+    opposite = -inner_lr
+    return {name: value + opposite * grads[name] for name, value in theta.items()}
 
 
 def _write_with_constant_encoder(adapted: State, buffers: State, memory: Tensor, batch: Batch, hyper: Hyper) -> Tensor:

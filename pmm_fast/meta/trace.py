@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -24,6 +24,8 @@ from pmm_fast.meta.network import State
 from pmm_fast.meta.step import Batch, Hyper, Noise, StepResult, step
 from pmm_fast.models import batchnorm, conv
 from pmm_fast.ops.backends import requested
+
+aten = torch.ops.aten
 
 
 class CompileError(ValueError):
@@ -107,8 +109,12 @@ def _scalar(number: float | Tensor, params: State, like: Tensor) -> Tensor:
     return torch.full((), number, dtype=dtype, device=like.device)
 
 
-def trace(call: Call) -> Traced:
+def trace(call: Call, fuses: bool = False) -> Traced:
     """Trace a step without computing it.
+
+    Args:
+        call: its layout counts alone.
+        fuses: whether an engine that fuses operations gets the graph: then it is shown more of them.
 
     Raises:
         CompileError: the step draws random numbers itself, which a graph and eager mode would draw differently.
@@ -123,26 +129,83 @@ def trace(call: Call) -> Traced:
     with FakeTensorMode():
         # made from shape and strides, so that two inputs that are one tensor now may be two later
         fakes = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in call.values]
-    graph = make_fx(flat, decomposition_table=_opened(fakes[0].device), tracing_mode="fake")(*fakes)
+    graph = make_fx(flat, decomposition_table=_opened(fakes[0].device, fuses), tracing_mode="fake")(*fakes)
     _drop_detach(graph)
+    _drop_zeros(graph)
+    _drop_unread_statistics(graph)
     _refuse_randomness(graph)
     structure, absent = found
     return Traced(graph, structure, absent)
 
 
-def _opened(device: torch.device) -> dict[OpOverload, Callable[..., Any]]:
+def _opened(device: torch.device, fuses: bool) -> dict[OpOverload, Callable[..., Any]]:
     """The registered ops of the layers that a graph shows as PyTorch's own, which a compiler can fuse."""
     if device.type == "cpu":
         # PyTorch's fake batch norm gives statistics of bf16 here, and Inductor's really rounds them
         return conv.DECOMPOSITIONS
-    return conv.DECOMPOSITIONS | batchnorm.DECOMPOSITIONS
+    if fuses:
+        return conv.DECOMPOSITIONS | batchnorm.DECOMPOSITIONS
+    # the last has a kernel of its own
+    closed = torch.ops.pmm_fast.batch_norm_double_backward.default
+    return conv.DECOMPOSITIONS | {op: body for op, body in batchnorm.DECOMPOSITIONS.items() if op is not closed}
 
 
 def _drop_detach(graph: GraphModule) -> None:
     """Without autograd a detach is its input under another name; an order-2 step has hundreds."""
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+    for node in graph.graph.find_nodes(op="call_function", target=aten.detach.default):
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _drop_zeros(graph: GraphModule) -> None:
+    """Take out sums with zeros: the derivative of a ReLU's derivative has a map of them for the ReLU's output."""
+    for node in graph.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        for kept, other in (node.args, node.args[::-1]):
+            zeros = isinstance(other, Node) and other.target in (aten.zeros_like.default, aten.zeros.default)
+            if (
+                zeros
+                and not node.kwargs
+                and _is_alike(kept, node)
+                and not any(map(_shares_memory, (*node.users, *kept.users)))
+            ):
+                node.replace_all_uses_with(kept)
+                graph.graph.erase_node(node)
+                break
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _is_alike(value: Any, node: Node) -> bool:
+    """Whether a value is a tensor of the shape and type of a node."""
+    if not isinstance(value, Node):
+        return False
+    ours, theirs = value.meta["val"], node.meta["val"]
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether an operation changes or hands out the memory of an argument, which makes a copy more than its value."""
+    return not isinstance(node.target, OpOverload) or any(
+        argument.alias_info is not None for argument in node.target._schema.arguments
+    )
+
+
+def _drop_unread_statistics(graph: GraphModule) -> None:
+    """Take out copies that are updated in place and never read: the statistics of the passes that keep none."""
+    for node in graph.graph.find_nodes(op="call_function", target=aten.clone.default):
+        updates = list(node.users)
+        if all(
+            isinstance(user.target, OpOverload)
+            and user.target._schema.is_mutable
+            and user.args.count(node) == 1
+            and user.args[0] is node
+            and not user.users
+            for user in updates
+        ):
+            for user in updates:
+                graph.graph.erase_node(user)
+            graph.graph.erase_node(node)
     graph.recompile()
 
 

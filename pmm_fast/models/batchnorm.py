@@ -15,7 +15,8 @@ Q = sum a g - (A1 s1 + A2 s2) / M,
             H1 = sum h   = b s1 - w r (A1 s2 + A2 s1) / M
             H2 = sum h x^ = b s2 - 2 w r A2 s2 / M
 
-which is a linear combination of a, g and x - mu in each channel.  PyTorch's own is some sixty passes over the map.
+which is a linear combination of a, g and x - mu in each channel.  PyTorch's own is some sixty passes over the map, this
+written in PyTorch thirty, and the kernels that a GPU gets for it (``kernels/batch_norm.py``) read the maps twice.
 
 Over several ranks M, mu, r and every sum are those of all ranks together, one collective in each of the three; g_w and
 g_b are the sums of this rank, and b, c what came in on this rank (whoever trains adds up gradients over the ranks).
@@ -33,6 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
+from pmm_fast.ops.backends import interpreted, refuses, requested
+from pmm_fast.ops.chain import kernels
 from pmm_fast.ops.collective import sum_over_ranks
 
 _CHANNELS = (1, -1, 1, 1)
@@ -144,6 +147,37 @@ def double_backward(
     return of_grad.to(kind), found.to(kind), of_scale
 
 
+def _double_backward_op(
+    of_x: Tensor,
+    of_weight: Tensor,
+    of_bias: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`double_backward`, by a kernel where there is one."""
+    tensors = (of_x, of_weight, of_bias, grad, x, weight, mean, inverse, grad_weight, grad_bias)
+    if group is None and _has_kernels(x):
+        return kernels("batch_norm", "triton").double_backward(*tensors)
+    return double_backward(*tensors, group)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether Triton takes a map: on a GPU unless plain PyTorch is asked for by name, interpreted only by name.
+
+    As it is for the operators (:mod:`pmm_fast.ops.backends`), which have more backends.
+    """
+    wanted = requested()
+    if wanted == "reference" or (interpreted() and wanted != "triton"):
+        return False
+    return refuses("triton", x) is None
+
+
 def _native_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, wants_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,11 +203,11 @@ def _means(sums: Sequence[Tensor], local: int, group: str) -> tuple[list[Tensor]
     return [(value / count).to(sums[0].dtype) for value in totals], count
 
 
-# op, fake and decomposition are one function
+# op, fake and decomposition are one function, but that a GPU has kernels for the last op
 _batch_norm = torch.library.custom_op("pmm_fast::batch_norm", normalise, mutates_args=())
 _batch_norm_backward = torch.library.custom_op("pmm_fast::batch_norm_backward", backward, mutates_args=())
 _batch_norm_double_backward = torch.library.custom_op(
-    "pmm_fast::batch_norm_double_backward", double_backward, mutates_args=()
+    "pmm_fast::batch_norm_double_backward", _double_backward_op, mutates_args=()
 )
 
 
@@ -181,10 +215,14 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     x, weight, _, _, ctx.group = inputs
     _, mean, inverse, unbiased = output
     ctx.mark_non_differentiable(mean, inverse, unbiased)
+    # or the backward would be given zeros for these three
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, mean, inverse)
 
 
-def _differentiate_forward(ctx: Any, grad: Tensor, *statistics: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_forward(ctx: Any, grad: Tensor | None, *statistics: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
     return (*_batch_norm_backward(grad, *ctx.saved_tensors, ctx.group), None, None)
 
 

@@ -104,5 +104,6 @@ class DeepLabV3PlusDecoder(nn.Module):
     def forward(self, feature: Tensor, low_level: Tensor) -> Tensor:
         """``[N, C, h, w]`` and ``[N, c, h4, w4]`` to logits ``[N, K, h4, w4]``."""
         fine = self.low_level(low_level)
-        coarse = upsample(feature, (fine.shape[2], fine.shape[3]))
+        # in mixed precision CUDA's autocast upsamples in float32, and the map that is joined would become float32 too
+        coarse = upsample(feature, (fine.shape[2], fine.shape[3])).to(fine.dtype)
         return self.classify(self.fuse(torch.cat([fine, coarse], 1)))

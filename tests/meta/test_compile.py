@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from pmm_fast import meta, ops
 from pmm_fast.meta import compile as compile_module
+from pmm_fast.meta import engines
 from pmm_fast.meta import trace as trace_module
 from pmm_fast.models.batchnorm import BatchNorm2d
 from pmm_fast.ops import backends
@@ -240,12 +241,12 @@ def test_a_graph_refuses_a_label_out_of_range(backend):
             compiled(*arguments, hyper)
 
 
-def of_first_order(call):
+def of_first_order(call, fuses):
     """A trace that loses the second derivative, as several ways through torch.compile do."""
     return trace_module.trace(replace(call, run=lambda *values: call.run(*values, order=1)))
 
 
-def without_a_small_gradient(call):
+def without_a_small_gradient(call, fuses):
     """A trace in which the gradient of one small parameter is gone."""
 
     def run(*values):
@@ -256,7 +257,7 @@ def without_a_small_gradient(call):
     return trace_module.trace(replace(call, run=run))
 
 
-def with_old_statistics(call):
+def with_old_statistics(call, fuses):
     def run(*values):
         result = call.run(*values)
         return result._replace(buffers={name: value * 0 for name, value in result.buffers.items()})
@@ -324,6 +325,15 @@ def test_an_engine_is_given_what_it_made_before(monkeypatch):
     compiled(*arguments, hyper)
     compiled(*arguments, replace(hyper, aux_weight=0.1))
     assert given == [[], made[:1]]
+
+
+def test_copies_by_type():
+    """What a captured graph does with its inputs and results: every tensor, whatever type its neighbours have."""
+    types = (torch.float32, torch.int64, torch.uint8, torch.float32, torch.bfloat16)
+    sources = [torch.arange(1, 4 + i).to(dtype) for i, dtype in enumerate(types)]
+    targets = [torch.zeros_like(source) for source in sources]
+    engines._copy(targets, sources)
+    assert all(map(torch.equal, targets, sources))
 
 
 def test_a_cuda_graph_needs_a_gpu():

@@ -51,6 +51,9 @@ def distance(found, expected) -> float:
 
 EXPECTED, FIRST = step(*THETA), step(*THETA, order=1)
 
+# PyTorch 2.11 refuses a new leaf inside a compiled region, whatever the option
+leaves_in_a_region = pytest.mark.skipif(torch.__version__ < (2, 13), reason="refused by older versions of PyTorch")
+
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -94,6 +97,7 @@ def test_differentiating_a_compiled_loss_twice_is_refused():
         step(*THETA, inner=inner)
 
 
+@leaves_in_a_region
 def test_a_gradient_inside_a_compiled_region_needs_an_option():
     with pytest.raises(torch._dynamo.exc.Unsupported, match="trace_autograd_ops"):
         torch.compile(step, backend="aot_eager", fullgraph=True)(*THETA)
@@ -123,6 +127,7 @@ def step_with_a_function(w):
     return torch.autograd.grad((Square.apply(adapted) * adapted).sum(), w)
 
 
+@leaves_in_a_region
 def test_an_autograd_function_in_a_compiled_region_is_wrong_without_a_word():
     w = torch.tensor([1.0, 2.0, 3.0])
     expected = step_with_a_function(w)

@@ -67,7 +67,7 @@ def test_an_engine_whose_function_fails(monkeypatch):
 def test_what_failed_is_freed(stage, monkeypatch):
     """The error holds the frames that it went through and so graphs and their memory; no cycle may hold the error."""
 
-    def broken(*arguments):
+    def broken(*arguments, **options):
         runs_out(None, None, None)(None)
 
     if stage == "trace":
@@ -102,7 +102,7 @@ def test_a_verdict_is_that_of_all_ranks(group, monkeypatch):
         assert_same(compiled(*arguments, hyper), meta.step(*arguments, hyper), COMPILED)
     assert compiled.graphs == 1
     said = torch.tensor(list(b"lost"), dtype=torch.int32)
-    stages = {1: "cannot compile the step: rank 0: lost", 3: "is not the eager one: rank 0: lost"}
+    stages = {2: "cannot compile the step: rank 0: lost", 3: "is not the eager one: rank 0: lost"}
     for vote, stage in stages.items():
         votes = itertools.count(1)
 
@@ -135,7 +135,7 @@ def fail_on_rank_1(group: str, rank: int) -> dict[str, str | None]:
     arguments, hyper = problem(mode="agg")
     hyper.network.group = group
 
-    def broken(call):
+    def broken(call, fuses):
         raise OSError("a cause of its own")
 
     told = {}

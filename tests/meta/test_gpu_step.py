@@ -8,14 +8,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bench.step_variants import Setup, new_batches, new_model
 from pmm_fast import meta, ops
-from pmm_fast.models import build_model
+from pmm_fast.meta.agreement import SHARE, compare
+from pmm_fast.models import batchnorm, build_model
 from tests.meta.tiny import CLASSES, tiny_batch, tiny_noise, tiny_problem
 from tests.ops.matrix import GPU_MARKS
 from tests.tolerances import AUTOCAST_STEP, COMPILED, DEVICES, EXACT, relative_error
@@ -35,7 +38,10 @@ def moved(value: Any, dtype: torch.dtype | None = None, device: str = DEVICE) ->
 
 
 def real_problem(
-    mode: str = "pinmem", dtype: torch.dtype = torch.float32, checkpoint: bool = False, **options: Any
+    mode: str = "pinmem",
+    dtype: torch.dtype = torch.float32,
+    checkpoint: bool = False,
+    **options: Any,
 ) -> tuple[list[Any], meta.Hyper]:
     """A step of a real network, small, with bytes for labels and all noise, on the device."""
     torch.manual_seed(0)
@@ -51,6 +57,15 @@ def real_problem(
     hyper = meta.Hyper(meta.Network(model, None, checkpoint), mode, inner_lr=0.01, **options)
     test = mte if mode in meta.META_MODES else None
     return [moved(value, dtype) for value in (*state, mtr, test, noise)], hyper
+
+
+def channels_last(value: Any) -> Any:
+    """A nest with its maps and filters in the layout of tensor cores."""
+    if isinstance(value, Tensor):
+        return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
+    if isinstance(value, dict):
+        return {key: channels_last(item) for key, item in value.items()}
+    return None if value is None else type(value)(*(channels_last(item) for item in value))
 
 
 def draw_noise(mode: str, dropped_channels: int, device: str) -> meta.Noise:
@@ -169,6 +184,45 @@ def test_captured_step_equals_eager_in_two_layouts() -> None:
     compare_compiled(rounds=3)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.usefixtures("full_precision")
+def test_captured_step_of_the_published_network(autocast: torch.dtype | None) -> None:
+    """Checked by itself from both sides; trained on, each step is near the eager one of order 2 and not of order 1."""
+    setup = Setup("deeplabv3plus_resnet50", (SIZE, SIZE), IMAGES, torch.device(DEVICE), channels=64, inner_lr=0.01)
+    model = new_model(setup)
+    hyper = meta.Hyper(meta.Network(model), inner_lr=setup.inner_lr, autocast=autocast)
+    noise = draw_noise("pinmem", model.aux_head.dropped_channels, DEVICE)
+    arguments = [*meta.split_state(model), *new_batches(setup), noise]
+    if autocast is not None:
+        arguments = [channels_last(value) for value in arguments]
+    compiled = meta.CompiledStep(ENGINE, strict=True, say=lambda line: None)
+    # raises if the check of the first call fails
+    result = compiled(*arguments, hyper)
+    for _ in range(2):
+        # in place, as an optimiser does it: the layout stays
+        for name, value in arguments[0].items():
+            value.detach().sub_(result.grads[name], alpha=0.01)
+        result = compiled(*arguments, hyper)
+        expected, again = (meta.step(*arguments, hyper) for _ in range(2))
+        first_order = meta.step(*arguments, replace(hyper, order=1))
+        agreement = compare(result, expected, first_order, autocast, again)
+        assert agreement.failure is None and agreement.told, str(agreement)
+        assert abs(agreement.share - 1) < SHARE, str(agreement)
+    assert compiled.graphs == 1 and compiled.fallback is None
+
+
+def test_batch_norm_has_kernels_in_a_step() -> None:
+    """Their double backward, eager and in the graph; plain PyTorch agrees."""
+    arguments, hyper = real_problem(dtype=torch.float64)
+    taken: list[str] = []
+    whole = batchnorm.kernels
+    with mock.patch.object(batchnorm, "kernels", lambda *names: taken.append(names[0]) or whole(*names)):
+        found = meta.step(*arguments, hyper)
+    assert set(taken) == {"batch_norm"}
+    with ops.use_backend("reference"):
+        assert_near(found, meta.step(*arguments, hyper), EXACT)
+
+
 class Growing(Dataset):
     """Tensors of which no two have one size, so that each needs page-locked memory of its own."""
 
@@ -210,14 +264,8 @@ def test_captured_while_a_loader_pins_its_batches() -> None:
 def test_bf16_and_channels_last_are_near_float32(order: int) -> None:
     arguments, hyper = real_problem(order=order)
     exact = vector(meta.step(*arguments, hyper))
-
-    def channels_last(value: Tensor) -> Tensor:
-        return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
-
-    params = {name: channels_last(value) for name, value in arguments[0].items()}
-    batches = [batch._replace(images=channels_last(batch.images)) for batch in arguments[3:5]]
     mixed = replace(hyper, autocast=torch.bfloat16)
-    result = meta.step(params, *arguments[1:3], *batches, arguments[5], mixed)
+    result = meta.step(*(channels_last(value) for value in arguments), mixed)
     assert all(grad.dtype == torch.float32 for grad in result.grads.values())
     found = vector(result)
     assert found.isfinite().all()

@@ -109,8 +109,9 @@ def test_losses(ours, numbers):
 def test_every_gradient_and_update(in_released_order, numbers, kind):
     before, after, result, _ = in_released_order
     expected = numbers["losses"][0]["seg"]
-    if abs(float(result.losses["train/seg"]) - expected) > 2e-6:
-        pytest.skip("this machine's convolutions round otherwise than those of the fixture, which amplifies it")
+    same_pytorch = torch.__version__.startswith("2.13.")
+    if not same_pytorch or abs(float(result.losses["train/seg"]) - expected) > 2e-6:
+        pytest.skip("this PyTorch or machine rounds convolutions otherwise than the fixture's, which amplifies it")
     if kind == "grad":
         found = by_released_name(before, result.grads)
     else:

@@ -194,7 +194,7 @@ def test_no_copy_of_the_parameters(mode: str, order: int, autocast: torch.dtype 
         for value in own:
             name = places[value.untyped_storage().data_ptr()]
             assert operation not in COPYING or result.dtype != value.dtype, f"{operation} copies {name}"
-            sums[name] += operation is aten.sub.Tensor
+            sums[name] += operation is aten.add.Tensor
 
     with Operations(look):
         meta.step(*arguments, hyper)
