@@ -55,7 +55,8 @@ def collect(check: bool = True) -> dict[str, Any]:
     return {
         "pmm_fast": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
+        # the metadata of a wheel from PyPI leave out which CUDA it is built for
+        "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL)} | {"torch": torch.__version__},
         "system": platform.platform(),
         "threads": torch.get_num_threads(),
         "devices": _devices(),

@@ -244,7 +244,7 @@ def evaluate_on(runs: list[Run], domain: FolderDomain, config: Config) -> Tested
     from pmm_fast.data.files import DataError
     from pmm_fast.data.labels import get_space
     from pmm_fast.data.survey import evenly_spaced
-    from pmm_fast.engine.build import amp_type, pick_device, set_float32_precision
+    from pmm_fast.engine.build import amp_type, pick_device, place, set_float32_precision
     from pmm_fast.engine.evaluate import evaluate_domain
     from pmm_fast.engine.inference import is_out_of_memory
     from pmm_fast.viz.comparison import Example
@@ -268,7 +268,8 @@ def evaluate_on(runs: list[Run], domain: FolderDomain, config: Config) -> Tested
         print(f"{run.name} on {domain.name} ({device}){note}", file=sys.stderr, flush=True)
         try:
             options = (space.num_classes, config.eval, device, amp_type(config), config.seed)
-            result = evaluate_domain(run.model.to(device), domain, *options, on_prediction=keep)
+            place(run.model, device, amp_type(config))
+            result = evaluate_domain(run.model, domain, *options, on_prediction=keep)
             tested.results[run.name] = result
         except (ValueError, OSError) as error:
             tested.failures.append(_failure(run, domain, str(error)))

@@ -18,7 +18,7 @@ from PIL import Image
 from pmm_fast import evaluate as program
 from pmm_fast.config import ConfigError, EvalConfig, EvalProtocol
 from pmm_fast.data.files import DataError
-from pmm_fast.engine import checkpoint
+from pmm_fast.engine import build, checkpoint
 from pmm_fast.engine.evaluate import DomainResult, evaluate_domain
 from pmm_fast.models import Segmentor
 from tests.street_folders import CLASSES, NAMES, SPACE, make_domain, make_domains, tiny_config, train
@@ -54,6 +54,8 @@ def pictures() -> None:
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # expected scores are those of networks on the CPU
+    monkeypatch.setattr(build, "pick_device", lambda name: CPU)
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(program, "_draw", lambda *arguments: None)
         monkeypatch.setattr(program, "_draw_curves", lambda *arguments: None)

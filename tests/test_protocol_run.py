@@ -36,7 +36,7 @@ def train_and_test(root: Path, out: Path, loader: str) -> dict:
     """The scores of a run of the preset."""
     arguments = ["--config", "gs_r50", "--data.root", str(root), *TINY.split(), "--loader", loader, "--out", str(out)]
     train.main(arguments)
-    evaluate.main([str(out), "--out", str(out)])
+    evaluate.main([str(out), "--out", str(out), "--device", "cpu"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2] and all("data_wait" in line for line in lines)
     return json.loads((out / "results.json").read_text())["runs"][out.name]

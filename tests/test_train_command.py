@@ -81,7 +81,8 @@ def test_training_and_resuming(roots: list[str], tmp_path: Path) -> None:
 
 def test_generated_streets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--data.streets_images 2 --data.streets_size 64 128 --data.crop 48 64 --data.batch_per_domain 2"
-    options += " --model.channels 8 --memory.init_iterations 1 --optim.iterations 1 --data.workers 0"
+    options += " --model.channels 8 --memory.init_iterations 1 --optim.iterations 1 --data.workers 0 --device cpu"
+    options += " --model.weights none"
     with pytest.raises(SystemExit) as caught:
         run_main(
             train.main, [*options.split(), "--data.cache", str(tmp_path / "streets"), "--out", str(tmp_path / "run")]

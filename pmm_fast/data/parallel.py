@@ -23,6 +23,9 @@ from pmm_fast.data.files import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+THREADS = min(8, os.cpu_count() or 1)
+"""Images read or written at once beside a network: either takes longer than a GPU needs for one."""
+
 # below this many tasks starting processes costs more than it saves
 _ALONE = 16
 _CHUNK = 4

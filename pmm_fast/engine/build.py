@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from pmm_fast import meta
 from pmm_fast.config import Config
@@ -16,7 +17,7 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU without one.
+    """``auto`` is the first GPU, or the CPU without one.  A GPU with a number becomes the current one, Triton's too.
 
     Raises:
         ValueError: a device of another kind, or a GPU that is not there.
@@ -35,6 +36,8 @@ def pick_device(name: str) -> torch.device:
     last = torch.cuda.device_count() - 1
     if device.type == "cuda" and (device.index or 0) > last:
         raise ValueError(f"device: {name!r} was asked for, but torch finds GPUs 0..{last} here")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -46,6 +49,11 @@ def amp_type(config: Config) -> torch.dtype | None:
 def memory_format(autocast: torch.dtype | None, device: torch.device) -> torch.memory_format:
     """Channels last on a GPU in mixed precision, whose tensor cores take nothing else; a CPU gains nothing by it."""
     return torch.channels_last if device.type == "cuda" and autocast is not None else torch.contiguous_format
+
+
+def place(model: nn.Module, device: torch.device, autocast: torch.dtype | None) -> None:
+    """Move a network to a device, its weights in the layout of :func:`memory_format`."""
+    model.to(device).to(memory_format=memory_format(autocast, device))  # type: ignore[call-overload]
 
 
 def set_float32_precision(tf32: bool) -> None:

@@ -24,7 +24,7 @@ from pmm_fast.config import EvalConfig, resolve_protocol
 from pmm_fast.config.schema import MapillaryTest
 from pmm_fast.data.convert_files import write_whole
 from pmm_fast.data.files import DataError
-from pmm_fast.data.parallel import in_order
+from pmm_fast.data.parallel import THREADS, in_order
 from pmm_fast.data.survey import evenly_spaced
 from pmm_fast.engine.inference import image_seed, segment
 from pmm_fast.engine.logging import progress_bar
@@ -84,7 +84,7 @@ def evaluate_domain(
     seed: int = 0,
     progress: bool = True,
     on_prediction: OnPrediction | None = None,
-    threads: int = 2,
+    threads: int = THREADS,
 ) -> DomainResult:
     """Test a network on a domain.
 

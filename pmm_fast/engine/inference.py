@@ -34,6 +34,8 @@ TILE_BATCHES = {"cpu": 1, "cuda": 8}
 """Tiles and mirrored images that go through the network at once, where nobody says: a CPU's caches hold one tile's maps
 better (eight take twice the time a tile: ``bench/evaluation.py``), a GPU wants more work than one has."""
 
+# of PyTorch on a CPU; of CUDA and Triton; of cuBLAS and cuDNN
+_NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "out of memory", "ALLOC_FAILED")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -222,7 +224,7 @@ def coarse_logits(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU, where PyTorch has no type of error for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "bad_alloc" in str(error))
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 
@@ -282,7 +284,9 @@ def _passes(
 def _noise(model: Segmentor, seeds: Sequence[int], batch: Tensor) -> Tensor:
     """Gumbel noise ``[N, K, h, w]``, of every tile by itself, so that batches of any size have the same."""
     shape = (1, model.num_classes, *model.feature_size(batch.shape[2], batch.shape[3]))
-    return torch.cat([ops.seeded_gumbel_noise(torch.tensor(seed, device=batch.device), shape) for seed in seeds])
+    # filled on the device: a copy from the host would make it wait
+    drawn = (torch.full((), seed, dtype=torch.int64, device=batch.device) for seed in seeds)
+    return torch.cat([ops.seeded_gumbel_noise(seed, shape) for seed in drawn])
 
 
 def _mix(*numbers: int) -> int:

@@ -19,7 +19,7 @@ from pmm_fast.data.inputs import read_upright, upright
 from pmm_fast.data.labels import get_space
 from pmm_fast.data.survey import many
 from pmm_fast.engine import checkpoint
-from pmm_fast.engine.build import AMP_TYPES, pick_device
+from pmm_fast.engine.build import AMP_TYPES, pick_device, place
 from pmm_fast.engine.inference import (
     coarse_logits,
     is_out_of_memory,
@@ -87,8 +87,9 @@ class Predictor:
                 f"the network has {model.num_classes} classes, its label space {model.label_space} "
                 f"{self.space.num_classes}"
             )
-        self.model = model.to(self.device).eval()
         self._amp_dtype = AMP_TYPES[amp_dtype] if amp else None
+        place(model, self.device, self._amp_dtype)
+        self.model = model.eval()
         self._probabilities, self._seed, self._tile_batch = probabilities, seed, tile_batch
 
     def __call__(self, image: Picture) -> Prediction:

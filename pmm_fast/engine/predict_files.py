@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,15 +16,12 @@ from tqdm import tqdm
 
 from pmm_fast.data.files import DataError
 from pmm_fast.data.inputs import Input, read_upright
-from pmm_fast.data.parallel import in_order
+from pmm_fast.data.parallel import THREADS, in_order
 from pmm_fast.data.videos import VideoReader, VideoWriter
 from pmm_fast.engine.logging import progress_bar
 from pmm_fast.engine.predict import PredictionError, Predictor
 from pmm_fast.engine.predict_record import Line, Record, Wanted, frame_name, identity
 from pmm_fast.viz.predictions import Prediction
-
-# decoding an image or drawing and encoding one takes longer than a GPU needs for it
-THREADS = min(8, os.cpu_count() or 1)
 
 
 def predict_files(

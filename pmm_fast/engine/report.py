@@ -21,7 +21,7 @@ from pmm_fast.config import Config, ConfigError, describe_order, from_dict, to_d
 from pmm_fast.config.runs import run_place, unique_ends
 from pmm_fast.data.labels import LabelSpace, get_space
 from pmm_fast.engine import checkpoint
-from pmm_fast.engine.build import pick_device, set_float32_precision
+from pmm_fast.engine.build import amp_type, pick_device, place, set_float32_precision
 from pmm_fast.engine.logging import FILE_NAME as LOG_FILE
 from pmm_fast.engine.logging import progress_bar
 from pmm_fast.engine.report_pictures import (
@@ -76,7 +76,7 @@ def make_report(runs: Sequence[Run], config: Config, images: int) -> Report:
     device, space = pick_device(config.device), get_space(config.data.label_space)
     set_float32_precision(config.tf32)
     for run in runs:
-        run.model.to(device)
+        place(run.model, device, amp_type(config))
     shown = list(dict.fromkeys([*config.data.sources, *config.data.unseen]))
     known = [name for run in runs for name in (*run.config.data.sources, *run.config.data.unseen)]
     titles = domain_titles([*shown, *known])

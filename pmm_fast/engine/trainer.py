@@ -62,14 +62,11 @@ class Trainer:
         self.folder = build.run_folder(config)
         self._check_folder()
         self.device = build.pick_device(self.ranks.device(config.device))
-        if self.ranks.group is not None and self.device.type == "cuda":
-            # what is not told a device takes the current one
-            torch.cuda.set_device(self.device)
         with self.ranks.first_alone():
             self.sources = build.open_sources(config)
             self.model, backbone = build.create_model(config)
         self.layout = build.memory_format(build.amp_type(config), self.device)
-        self.model.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        build.place(self.model, self.device, build.amp_type(config))
         build.set_float32_precision(config.tf32)
         self.network = meta.Network(self.model, self.ranks.group, config.checkpoint_activations)
         self.step: Callable[..., meta.StepResult] = meta.step
@@ -177,8 +174,7 @@ class Trainer:
         self.scale.update(bool(finite))
         # an update that is skipped leaves no trace: an infinity in the batch-norm statistics would never fade
         if finite:
-            for name, value in buffers.items():
-                self.buffers[name].copy_(value)
+            meta.copy_tensors([self.buffers[name] for name in buffers], list(buffers.values()))
             self._update(total_grads, train_batches, hyper)
         elif self.scale.exhausted:
             self._stop_non_finite(losses, norm, micro_batches, hyper)

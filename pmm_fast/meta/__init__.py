@@ -2,7 +2,7 @@
 
 from pmm_fast.meta.compile import CompiledStep, CompileMismatchError, choose_engine
 from pmm_fast.meta.losses import classifier_loss, cohesion_loss, divergence_loss
-from pmm_fast.meta.network import Network, State, split_state
+from pmm_fast.meta.network import Network, State, copy_tensors, split_state
 from pmm_fast.meta.schedule import draw_noise, draw_split, initialise_memory
 from pmm_fast.meta.step import (
     MEMORY_MODES,
@@ -34,6 +34,7 @@ __all__ = [
     "classifier_loss",
     "cluster_numbers",
     "cohesion_loss",
+    "copy_tensors",
     "covariance",
     "divergence_loss",
     "draw_noise",

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from pmm_fast.meta.network import copy_tensors
+
 # a step of tensors; the list is not changed, and the results are new
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -73,18 +75,11 @@ class CudaGraph:
 
     def __call__(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """The step of new values."""
-        _copy(self._inputs, values)
+        copy_tensors(self._inputs, values)
         self._graph.replay()
         found = [torch.empty_like(output) for output in self._outputs]
-        _copy(found, self._outputs)
+        copy_tensors(found, self._outputs)
         return found
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy in a launch or two for each type: a list of several types would be copied tensor by tensor."""
-    for dtype in {target.dtype for target in targets}:
-        pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.dtype == dtype]
-        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
 # made of the traced step, its inputs, and what was made for other layouts of the same step

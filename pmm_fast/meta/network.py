@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -71,3 +73,13 @@ def split_state(model: nn.Module) -> tuple[State, State, Tensor | None]:
     buffers = dict(model.named_buffers())
     memory = buffers.pop(MEMORY_BUFFER, None)
     return dict(model.named_parameters()), buffers, memory
+
+
+def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy ``sources`` into ``targets``, one by one the same shapes, in a launch or two for each type of the targets.
+
+    ``torch._foreach_copy_`` would copy a list of several types tensor by tensor.
+    """
+    for dtype in {target.dtype for target in targets}:
+        pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.dtype == dtype]
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])

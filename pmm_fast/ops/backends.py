@@ -61,7 +61,7 @@ def register(
 def register_kernels(operator: str, function: Callable[..., Any]) -> None:
     """Register the kernel backends of an operator; ``function`` takes the call's arguments and ``backend``."""
     for backend in ("cpu", "triton", "cuda"):
-        register(operator, backend, partial(function, backend=backend), partial(_refuses, backend))
+        register(operator, backend, partial(function, backend=backend), partial(refuses, backend))
 
 
 def interpreted() -> bool:
@@ -87,7 +87,7 @@ def missing(backend: str) -> str | None:
     return None
 
 
-def _refuses(backend: str, *args: Any) -> str | None:
+def refuses(backend: str, *args: Any) -> str | None:
     """Why a kernel backend cannot take a call, or None; the first argument is the map that the operator walks over."""
     reason = missing(backend)
     if reason:
@@ -101,6 +101,11 @@ def _refuses(backend: str, *args: Any) -> str | None:
         return "no float16 on the CPU"
     if any(torch._C._functorch.is_functorch_wrapped_tensor(arg) for arg in args if isinstance(arg, Tensor)):
         return "torch.func transforms cannot see into a registered operator"
+    if backend == "cuda" and not torch.compiler.is_compiling():
+        # imported late, since the package imports torch's CUDA side
+        from pmm_fast.ops import cuda
+
+        return cuda.unusable(tensor)
     return None
 
 

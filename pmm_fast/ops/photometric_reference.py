@@ -48,7 +48,9 @@ def change(levels: Tensor, operation: int, look: Sequence[float]) -> Tensor:
     if operation == BRIGHTNESS:
         return blend(torch.zeros_like(levels), levels, brightness)
     if operation == CONTRAST:
-        grey = (luminance(levels).double().mean() + 0.5).floor().float()
+        # in whole numbers: a GPU divides by a number with its reciprocal, which misses a mean that is half a level
+        grey = luminance(levels).long()
+        grey = ((2 * grey.sum() + grey.numel()) // (2 * grey.numel())).float()
         return blend(grey, levels, contrast)
     if operation == SATURATION:
         return blend(luminance(levels), levels, saturation)

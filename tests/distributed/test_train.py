@@ -12,7 +12,7 @@ import torch
 
 from pmm_fast import train
 from pmm_fast.engine import checkpoint
-from tests.distributed.ranks import TIMEOUT, launch
+from tests.distributed.ranks import ALIKE, TIMEOUT, launch
 from tests.street_folders import SIZE, SPACE, log_lines, make_domain
 from tests.tolerances import RANKS, relative_error
 
@@ -39,7 +39,7 @@ def arguments(roots: list[str], out: Path, iterations: int, *more: str) -> list[
 def torchrun(*argv: str) -> str:
     """What the command prints as two processes under the real torchrun."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmm_fast.train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **ALIKE}
     done = subprocess.run(
         [sys.executable, *run, *argv], capture_output=True, text=True, env=environment, timeout=2 * TIMEOUT.seconds
     )

@@ -338,4 +338,6 @@ def test_too_little_memory_is_known_on_every_device() -> None:
         fill_memory()
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    for message in ("CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
+        assert is_out_of_memory(RuntimeError(message))
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("bad_alloc"))

@@ -13,7 +13,7 @@ import pmm_fast
 from pmm_fast import ops
 from pmm_fast.config import EVAL_PROTOCOLS, ConfigError
 from pmm_fast.data import normalise
-from pmm_fast.engine import predict
+from pmm_fast.engine import build, predict
 from pmm_fast.engine.predict import PredictionError, Predictor
 from tests.tiny_network import fill_memory, noise, save_network, tiny_network
 from tests.tolerances import MERGED_LOGITS
@@ -57,6 +57,16 @@ def test_equal_to_the_network(predictor):
     assert_prediction(found, image)
     assert np.array_equal(np.asarray(found.image), image)
     assert found.space.name == "cityscapes19" and found.probabilities is None
+
+
+def test_with_weights_in_the_layout_of_tensor_cores(path, monkeypatch):
+    """What a network gets on a GPU in mixed precision."""
+    monkeypatch.setattr(build, "memory_format", lambda autocast, device: torch.channels_last)
+    predictor = Predictor(path, device="cpu")
+    filters = [weight for weight in predictor.model.parameters() if weight.dim() == 4 and min(weight.shape[1:]) > 1]
+    assert filters and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in filters)
+    image = noise(*SIZE)
+    assert_prediction(predictor(image), image)
 
 
 def test_every_kind_of_picture(predictor, tmp_path):

@@ -427,7 +427,10 @@ def test_no_gpu(name: str) -> None:
 def test_a_gpu_number_that_is_too_high(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert build.pick_device("cuda:1") == torch.device("cuda:1") and build.pick_device("auto").type == "cuda"
+    assert current == [torch.device("cuda:1")]
     with pytest.raises(ValueError, match=r"^device: 'cuda:2' was asked for, but torch finds GPUs 0\.\.1 here$"):
         build.pick_device("cuda:2")
 

@@ -11,7 +11,6 @@ from torch._dynamo.utils import counters
 
 from pmm_fast import meta, ops
 from pmm_fast.meta import compile as compile_module
-from pmm_fast.meta import engines
 from pmm_fast.meta import trace as trace_module
 from pmm_fast.models.batchnorm import BatchNorm2d
 from pmm_fast.ops import backends
@@ -332,7 +331,7 @@ def test_copies_by_type():
     types = (torch.float32, torch.int64, torch.uint8, torch.float32, torch.bfloat16)
     sources = [torch.arange(1, 4 + i).to(dtype) for i, dtype in enumerate(types)]
     targets = [torch.zeros_like(source) for source in sources]
-    engines._copy(targets, sources)
+    meta.copy_tensors(targets, sources)
     assert all(map(torch.equal, targets, sources))
 
 
