@@ -45,9 +45,10 @@ std::string describe(Order order, const Upsample& call) {
 template <class T, Order order>
 bool fits(UpsamplePlan& plan, const Upsample& call, int threads, size_t limit) {
     plan.threads = threads;
-    // as many cells as the threads have columns for, and one more beside them
-    const std::int64_t cells =
-        static_cast<std::int64_t>(threads) * call.width / (call.labels.width ? call.labels.width : 1);
+    // as many cells as the threads have columns for, and one more beside them; a cell is wider with aligned corners
+    const std::int64_t aligned = call.align_corners && call.labels.width > 1 ? 1 : 0;
+    const std::int64_t pixels = call.labels.width > 1 ? call.labels.width - aligned : 1;
+    const std::int64_t cells = static_cast<std::int64_t>(threads) * (call.width - aligned) / pixels;
     const std::int64_t most = cells - 1 < threads ? cells - 1 : threads;
     plan.columns = static_cast<int>(most < 1 ? 1 : most < call.width ? most : call.width);
     UpsampleShared<T> shared;

@@ -163,12 +163,7 @@ def _drop_zeros(graph: GraphModule) -> None:
     for node in graph.graph.find_nodes(op="call_function", target=aten.add.Tensor):
         for kept, other in (node.args, node.args[::-1]):
             zeros = isinstance(other, Node) and other.target in (aten.zeros_like.default, aten.zeros.default)
-            if (
-                zeros
-                and not node.kwargs
-                and _is_alike(kept, node)
-                and not any(map(_shares_memory, (*node.users, *kept.users)))
-            ):
+            if zeros and not node.kwargs and _is_alike(kept, node) and not any(map(_is_written, (node, kept, other))):
                 node.replace_all_uses_with(kept)
                 graph.graph.erase_node(node)
                 break
@@ -184,9 +179,32 @@ def _is_alike(value: Any, node: Node) -> bool:
     return ours.shape == theirs.shape and ours.dtype == theirs.dtype
 
 
+def _is_written(node: Node) -> bool:
+    """Whether an operation writes into the memory of a value, or the graph hands it out: it is more than its value."""
+    seen, found = set(), [_base(node)]
+    while found:
+        value = found.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for user in value.users:
+            if not isinstance(user.target, OpOverload) or user.target._schema.is_mutable:
+                return True
+            if _shares_memory(user):
+                found.append(user)
+    return False
+
+
+def _base(node: Node) -> Node:
+    """What a view is a view of."""
+    while node.op == "call_function" and _shares_memory(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _shares_memory(node: Node) -> bool:
-    """Whether an operation changes or hands out the memory of an argument, which makes a copy more than its value."""
-    return not isinstance(node.target, OpOverload) or any(
+    """Whether an operation's result may be the memory of its first argument."""
+    return isinstance(node.target, OpOverload) and any(
         argument.alias_info is not None for argument in node.target._schema.arguments
     )
 

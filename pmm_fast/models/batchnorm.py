@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from pmm_fast.ops.backends import interpreted, refuses, requested
-from pmm_fast.ops.chain import kernels
+from pmm_fast.ops.backends import interpreted, refuses, requested, use_backend
+from pmm_fast.ops.chain import empty_map, kernels
 from pmm_fast.ops.collective import sum_over_ranks
 
 _CHANNELS = (1, -1, 1, 1)
@@ -164,7 +164,19 @@ def _double_backward_op(
     tensors = (of_x, of_weight, of_bias, grad, x, weight, mean, inverse, grad_weight, grad_bias)
     if group is None and _has_kernels(x):
         return kernels("batch_norm", "triton").double_backward(*tensors)
-    return double_backward(*tensors, group)
+    of_grad, of_x, of_scale = double_backward(*tensors, group)
+    return _laid_out(of_grad, x), _laid_out(of_x, x), of_scale
+
+
+def _double_backward_fake(of_x: Tensor, of_weight: Tensor, of_bias: Tensor, grad: Tensor, x: Tensor, *rest: Any) -> Any:
+    """The results have the layout of ``x``, whoever computes them."""
+    return empty_map(x, x.shape[1]), empty_map(x, x.shape[1]), torch.empty_like(rest[0])
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A map in the layout of another."""
+    found = empty_map(like, like.shape[1])
+    return value if value.stride() == found.stride() else found.copy_(value)
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -203,7 +215,7 @@ def _means(sums: Sequence[Tensor], local: int, group: str) -> tuple[list[Tensor]
     return [(value / count).to(sums[0].dtype) for value in totals], count
 
 
-# op, fake and decomposition are one function, but that a GPU has kernels for the last op
+# op, fake and decomposition are one function, but for the last op, which has kernels on a GPU
 _batch_norm = torch.library.custom_op("pmm_fast::batch_norm", normalise, mutates_args=())
 _batch_norm_backward = torch.library.custom_op("pmm_fast::batch_norm_backward", backward, mutates_args=())
 _batch_norm_double_backward = torch.library.custom_op(
@@ -213,6 +225,8 @@ _batch_norm_double_backward = torch.library.custom_op(
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _, ctx.group = inputs
+    # the derivatives may be taken on another thread, which does not see what this one has chosen
+    ctx.backend = requested()
     _, mean, inverse, unbiased = output
     ctx.mark_non_differentiable(mean, inverse, unbiased)
     # or the backward would be given zeros for these three
@@ -223,16 +237,19 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _differentiate_forward(ctx: Any, grad: Tensor | None, *statistics: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
-    return (*_batch_norm_backward(grad, *ctx.saved_tensors, ctx.group), None, None)
+    with use_backend(ctx.backend):
+        return (*_batch_norm_backward(grad, *ctx.saved_tensors, ctx.group), None, None)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.group = inputs
+    ctx.backend = requested()
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate_backward(ctx: Any, of_x: Tensor, of_weight: Tensor, of_bias: Tensor) -> tuple[Tensor | None, ...]:
-    found = _batch_norm_double_backward(of_x, of_weight, of_bias, *ctx.saved_tensors, ctx.group)
+    with use_backend(ctx.backend):
+        found = _batch_norm_double_backward(of_x, of_weight, of_bias, *ctx.saved_tensors, ctx.group)
     return (*found, None, None, None)
 
 
@@ -242,7 +259,7 @@ def _refuse(ctx: Any, *grads: Any) -> NoReturn:
 
 _batch_norm.register_fake(normalise)
 _batch_norm_backward.register_fake(backward)
-_batch_norm_double_backward.register_fake(double_backward)
+_batch_norm_double_backward.register_fake(_double_backward_fake)
 _batch_norm.register_autograd(_differentiate_forward, setup_context=_save_forward)
 _batch_norm_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
 _batch_norm_double_backward.register_autograd(_refuse)

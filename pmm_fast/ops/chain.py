@@ -22,9 +22,27 @@ from pmm_fast.ops.reference import compute_dtype
 _PACKAGES = {"cpu": "pmm_fast.ops.cpu", "triton": "pmm_fast.kernels", "cuda": "pmm_fast.ops.cuda"}
 
 
-def kernels(operator: str, backend: str) -> ModuleType:
-    """The module with ``forward``, ``backward`` and ``double_backward`` of an operator on a backend."""
-    return importlib.import_module(f"{_PACKAGES[backend]}.{operator}")
+def kernels(operator: str, backend: str) -> Any:
+    """``forward``, ``backward`` and ``double_backward`` of an operator on a backend."""
+    module = importlib.import_module(f"{_PACKAGES[backend]}.{operator}")
+    return _OnDevice(module) if backend == "triton" else module
+
+
+class _OnDevice:
+    """A module whose functions run with the device of their first tensor as the current one, where Triton launches."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._module, name)
+
+        def launch(*args: Any) -> Any:
+            first = next(arg for arg in args if isinstance(arg, Tensor))
+            with torch.cuda.device_of(first):
+                return function(*args)
+
+        return launch
 
 
 def empty_map(like: Tensor, channels: int) -> Tensor:

@@ -27,7 +27,6 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-#define __restrict__
 #define __forceinline__ inline
 #define __grid_constant__
 #define PMM_OUTLINE
@@ -43,6 +42,10 @@ enum cudaError_t {
     cudaErrorAssert = 2,
     cudaErrorLaunchFailure = 3,
     cudaErrorNoKernelImageForDevice = 4,
+    cudaErrorMisalignedAddress = 5,
+    cudaErrorInvalidDeviceFunction = 6,
+    cudaErrorUnsupportedPtxVersion = 7,
+    cudaErrorInsufficientDriver = 8,
 };
 struct cudaFuncAttributes {};
 enum cudaDeviceAttr {
@@ -82,7 +85,6 @@ struct Device {
     std::vector<Fiber> fibers;
     std::vector<unsigned char> shared;
     std::vector<double> slots;  // two of eight bytes a thread, for shuffles
-    ucontext_t main;
     jmp_buf jump;
     std::function<void()> body;
     Fiber* current = nullptr;
@@ -94,6 +96,7 @@ struct Device {
     std::mt19937 random;
     long launches = 0;
     bool missing_code = false;
+    bool misaligned = false;  // an asynchronous copy from or to an address that is no multiple of 16
 };
 
 inline Device& device() {
@@ -251,6 +254,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     const auto& gpu = ::emulator::device();
     *value = attribute == cudaDevAttrMultiProcessorCount ? gpu.multiprocessors : gpu.shared_limit;
+    // a multiprocessor has the kilobyte that a block takes for itself besides
+    if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) *value += 1024;
     return cudaSuccess;
 }
 
@@ -263,7 +268,8 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
     constexpr const char* texts[] = {"no error", "invalid argument", "device-side assert triggered",
                                      "a barrier that not all threads reach, or a write past the shared memory",
-                                     "no kernel image is available for execution on the device"};
+                                     "no kernel image is available for execution on the device",
+                                     "misaligned address"};
     return texts[error];
 }
 
@@ -324,6 +330,8 @@ inline void copy_sixteen(void* to, const void* from, bool wanted) {
     auto& gpu = ::emulator::device();
     const bool random = gpu.order > ::emulator::kDescending;
     const bool early = random ? gpu.random() % 2 : gpu.order == ::emulator::kDescending;
+    for (const void* address : {static_cast<const void*>(to), from})
+        gpu.misaligned |= reinterpret_cast<std::uintptr_t>(address) % 16 != 0;
     gpu.current->copies.push_back({to, from, wanted ? size_t(16) : 0});
     if (early) ::emulator::arrive();
 }
@@ -342,11 +350,13 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, size_
     gpu.block_size.x = threads;
     gpu.grid_size.x = blocks;
     gpu.wrong_labels = 0;
+    gpu.misaligned = false;
     ++gpu.launches;
     gpu.body = [&] { kernel(arguments...); };
     gpu.random.seed(gpu.order);
     for (unsigned block : ::emulator::ordered(blocks))
         if (!::emulator::run_block(block, threads, shared)) return cudaErrorLaunchFailure;
+    if (gpu.misaligned) return cudaErrorMisalignedAddress;
     return gpu.wrong_labels ? cudaErrorAssert : cudaSuccess;
 }
 

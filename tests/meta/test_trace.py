@@ -45,6 +45,19 @@ def test_sums_with_zeros_are_taken_out() -> None:
     assert torch.equal(graph(x), second_derivative(x))
 
 
+def zeros_changed(x: Tensor) -> list[Tensor]:
+    zeros = torch.zeros_like(x)
+    zeros[0].fill_(1)
+    return [(x + zeros).sin()]
+
+
+def base_changed(x: Tensor) -> list[Tensor]:
+    base = x.clone()
+    total = base[0] + torch.zeros_like(base[0])
+    base.mul_(2)
+    return [total.sin(), base.cos()]
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -57,8 +70,13 @@ def test_sums_with_zeros_are_taken_out() -> None:
         lambda x: [(x + torch.zeros_like(x, dtype=torch.float64)).sin()],
         lambda x: [(x[0] + torch.zeros_like(x)).sin()],
         lambda x: [torch.add(torch.zeros_like(x), x, alpha=2).sin()],
+        zeros_changed,
+        base_changed,
     ],
-    ids=["changed", "term changed", "changed through a view", "handed out", "type", "size", "multiple"],
+    ids=[
+        *("changed", "term changed", "changed through a view", "handed out", "type", "size", "multiple"),
+        *("zeros changed", "what the term is a view of changed"),
+    ],
 )
 def test_a_sum_that_is_more_than_its_term_stays(function: Callable[[Tensor], list[Tensor]]) -> None:
     x = torch.randn(3, 4)

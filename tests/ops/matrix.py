@@ -68,6 +68,11 @@ class Target(NamedTuple):
     def interpreted(self) -> bool:
         return self == ("triton", "cpu")
 
+    @property
+    def compiles(self) -> bool:
+        """Whether every new kind of argument, to each of three kernels, takes seconds to compile."""
+        return self == ("triton", "cuda")
+
 
 REFERENCE, CPU, INTERPRETED = Target("reference", "cpu"), Target("cpu", "cpu"), Target("triton", "cpu")
 GPU_TARGETS = (Target("triton", "cuda"), Target("cuda", "cuda"))

@@ -1,5 +1,7 @@
 """What only a GPU has: streams, graphs, other devices, tensors beyond 32-bit indices, labels asserted on the device."""
 
+import fcntl
+import gc
 import subprocess
 import sys
 
@@ -40,6 +42,29 @@ def test_a_stream_that_is_not_the_default_one(name, target):
             found = flattened(matrix.orders(case, arguments | late | shared, *directions))
         stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("name", "target"), PAIRS)
+def test_derivatives_that_are_asked_for_on_another_stream(name, target):
+    """Each runs where what it differentiates ran, and who asked waits for it."""
+    case = CASES[name]
+    arguments = matrix.make(case, target.device, **SIZES)
+    incoming, tangents = matrix.directions(case, arguments)
+    with matrix.on(target, case.operator):
+        orders = matrix.orders(case, arguments, incoming, tangents)
+        function, point = matrix.function(case, arguments)
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[0]):
+            torch.cuda._sleep(50_000_000)
+            outputs = function(*point)
+        with torch.cuda.stream(streams[1]):
+            grads = torch.autograd.grad(outputs, point, incoming, create_graph=True)
+        with torch.cuda.stream(streams[2]):
+            second = torch.autograd.grad(grads, point, tangents)
+        streams[2].synchronize()
+    for order, found in (("backward", grads), ("double_backward", second)):
+        assert all(torch.equal(x, orders[order][key]) for key, x in zip(case.tensors, found, strict=True))
 
 
 @pytest.mark.parametrize(("name", "target"), PAIRS)
@@ -85,34 +110,82 @@ def test_automatic_choice_on_a_gpu_is_not_the_reference(target):
     assert calls[0][1] in ("cuda", "triton")
 
 
+@pytest.fixture
+def much_memory(tmp_path_factory):
+    """The memory of the device for one test at a time, of however many processes."""
+    with (tmp_path_factory.getbasetemp().parent / "gpu-memory.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+IMAGES = 3
+# of maps of 256 channels, and of logits of 19 classes
+SIDE, LOGITS_SIDE = 1728, 6400
+
+
+def large_arguments(case, device):
+    """An image of 2^31 / IMAGES elements and more, in half precision, made where it is wanted."""
+    generator = torch.Generator(device).manual_seed(0)
+    is_loss = "logits" in case.tensors
+    slots, side = 19, LOGITS_SIDE if is_loss else SIDE
+
+    def draw(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    width = slots if is_loss else 256
+    maps = {key: draw(1, width, side, side, dtype=torch.bfloat16) for key in ("features", "written", "logits")}
+    others = {
+        "memory": ops.normalize(draw(slots, width), 1),
+        "values": draw(slots, 7),
+        "noise": draw(1, slots, side, side),
+        "labels": torch.randint(slots, (1, side, side), generator=generator, device=device, dtype=torch.uint8),
+    }
+    arguments = {key: (maps | others)[key] for key in (*case.tensors, *case.others)}
+    if case.shared:
+        arguments["written"] = arguments["features"]
+    if case.operator == "masked_average_pool":
+        arguments["num_classes"] = slots
+    return arguments | dict(case.options)
+
+
+def large_directions(case, arguments, device):
+    """Random gradients as :func:`matrix.directions` gives them, made on the device."""
+    generator = torch.Generator(device).manual_seed(1)
+    with torch.no_grad():
+        outputs = matrix.call(case, arguments)[: len(case.outputs)]
+    tensors = [*outputs, *(arguments[name] for name in case.tensors)]
+    random = [torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype) for x in tensors]
+    return random[: len(outputs)], random[len(outputs) :]
+
+
+def repeated(x):
+    """An image as often as there are IMAGES, without a copy."""
+    return x.expand(IMAGES, *x.shape[1:]) if x.dim() >= 3 else x
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize(("name", "target"), PAIRS)
 def test_more_than_two_to_the_31_elements(name, target):
-    """Half precision, and the last image against the same image alone."""
-    case = CASES[name]
-    sizes = {"channels": 4096, "classes": 3, "size": (512, 512), "label_size": (512, 512), "dtype": torch.bfloat16}
-    batch = 3
+    """All three orders, of the last of some equal images and of the sums over all, against one image alone."""
+    case, device = CASES[name], target.device
     with matrix.on(target, case.operator):
-        one = matrix.make(case, **(sizes | {"batch": 1, "channels": 8}))
-        if "logits" in one:
-            # 2^31 label pixels would be another test; here the logits are many
-            one["logits"] = torch.randn(1, 4096, 512, 512, dtype=torch.bfloat16)
-        for key in ("features", "written"):
-            if key in one:
-                one[key] = torch.randn(1, 4096, 512, 512, dtype=torch.bfloat16)
-        if "memory" in one:
-            one["memory"] = ops.normalize(torch.randn(3, 4096), 1)
-        if case.shared:
-            one["written"] = one["features"]
-        one = {key: x.to(target.device) if isinstance(x, torch.Tensor) else x for key, x in one.items()}
-        per_image = [key for key in ("features", "written", "labels", "noise", "logits") if key in one]
-        many = matrix.changed(case, one, lambda x: x.expand(batch, *x.shape[1:]).contiguous(), per_image)
-        assert many[per_image[0]].numel() > 2**31
-        with torch.no_grad():
-            single, outputs = matrix.call(case, one), matrix.call(case, many)
-    for key, a, b in zip((*case.outputs, "mass"), single, outputs, strict=False):
-        last = b[-1:] if key in ("read", "scores") else b / batch if key in ("sums", "mass") else b
-        torch.testing.assert_close(last, a, rtol=1e-2, atol=1e-3)
+        arguments = large_arguments(case, device)
+        directions = large_directions(case, arguments, device)
+        alone = matrix.orders(case, arguments, *directions)
+        per_image = [key for key in arguments if key in ("features", "written", "labels", "noise", "logits")]
+        arguments = matrix.changed(case, arguments, lambda x: repeated(x).contiguous(), per_image)
+        assert arguments[per_image[0]].numel() > 2**31
+        together = matrix.orders(case, arguments, *([repeated(x) for x in grads] for grads in directions))
+    # a mean over the images is what it is of one, and its gradient is divided among them
+    of_map, of_sum = (IMAGES, 1) if "logits" in arguments else (1, 1 / IMAGES)
+    for order, results in together.items():
+        for key, result in results.items():
+            expected = alone[order][key].detach()
+            found = (of_map * result[-1:] if result.dim() == 4 else of_sum * result).detach()
+            assert (found - expected).abs().amax() <= 1e-2 * expected.abs().amax(), (order, key)
 
 
 LABELS = """

@@ -114,7 +114,7 @@ ANYTHING = {
     "temperature": st.sampled_from([0.3, 1.0, 2.0]),
     "seed": st.integers(0, 2**20),
 }
-# for the interpreter
+# for the interpreter, and where every size is compiled anew
 LITTLE = {
     "batch": st.integers(0, 2),
     "channels": st.integers(2, 20),
@@ -128,7 +128,8 @@ QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(He
 @pytest.mark.parametrize("target", matrix.KERNELS)
 def test_anything(target):
     """Any operator, any sizes, dtypes, ignored share, temperature, and noise: none, a tensor or a seed."""
-    examples, sizes = (6, ANYTHING | LITTLE) if target.interpreted else (200, ANYTHING)
+    slow = target.interpreted or target.compiles
+    examples, sizes = (6, ANYTHING | LITTLE) if slow else (200, ANYTHING)
 
     @settings(max_examples=examples, **QUIET)
     @given(name=st.sampled_from(list(CASES)), **sizes)
