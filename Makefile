@@ -7,8 +7,10 @@ VENV_OPTIONS ?=
 # further arguments of `make test`, e.g. ARGS="-k loader"
 ARGS ?=
 DEMO ?= runs/demo
-# where `make gpu-check` writes its record
+# where `make gpu-check` writes its record, what it runs (bench/gpu_steps.py), and the commit, where git cannot tell it
 RESULTS ?= bench/results
+STEPS ?= first
+COMMIT ?=
 
 TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -24,7 +26,7 @@ STAMP := $(VENV)/.installed
 # an earlier attempt is continued; a finished run ends at once
 resume = $(if $(wildcard $(1)/checkpoint.pt),--resume)
 
-.PHONY: help demo baselines test lint install bench gpu-check clean
+.PHONY: help demo baselines test lint install bench performance gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,7 +35,9 @@ help:
 	@echo "make test      run the tests (ARGS=\"-k loader\" passes arguments to pytest)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     time the operators against the released code's and plain PyTorch"
+	@echo "make performance  docs/performance.md and the README's tables from the records of bench/results"
 	@echo "make gpu-check on a machine with a CUDA GPU: build, test and measure, and write the record to $(RESULTS)"
+	@echo "               (STEPS=figures, STEPS=tests: what does not fit the same ten minutes)"
 	@echo "make install   make $(VENV) with the package and its tools (the others do it by themselves)"
 	@echo "make clean     remove $(VENV), caches and build products; runs/ stays"
 
@@ -58,9 +62,12 @@ test: install
 bench: install
 	$(BIN) bench/memory_ops.py
 
+performance: install
+	$(BIN) bench/performance.py
+
 # with the packages of $(PYTHON) as they are, without a network, in under ten minutes
 gpu-check:
-	$(PYTHON) bench/gpu_check.py --out $(RESULTS)
+	PMM_FAST_COMMIT=$(COMMIT) $(PYTHON) bench/gpu_check.py --out $(RESULTS) --steps $(STEPS)
 
 lint: install
 	$(BIN) -m ruff check .

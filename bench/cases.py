@@ -123,19 +123,23 @@ def street_labels(batch: int, side: int, classes: int, generator: torch.Generato
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The inputs of a case: a function of the case alone."""
+    """The inputs of a case: a function of the case and the device alone."""
     generator = torch.Generator().manual_seed(304)
     labels = street_labels(case.batch, case.label_side, case.classes, generator).to(device)
+    # where they are wanted: a CPU takes seconds for the largest
+    generator = generator if device.type == "cpu" else torch.Generator(device).manual_seed(304)
     is_loss = case.op == "upsample_cross_entropy"
     channels = case.classes if is_loss else case.channels
     count = 2 if case.op == "memory_pass" and not case.one_tensor else 1
     maps = [
-        torch.randn(case.batch, channels, case.side, case.side, generator=generator).to(device, DTYPES[case.dtype])
+        torch.randn(case.batch, channels, case.side, case.side, generator=generator, device=device).to(
+            DTYPES[case.dtype]
+        )
         for _ in range(count)
     ]
     memory = None
     if case.op in ("memory_read", "memory_pass"):
-        memory = ops.normalize(torch.rand(case.classes, case.channels, generator=generator), 1).to(device)
+        memory = ops.normalize(torch.rand(case.classes, case.channels, generator=generator, device=device), 1)
     seed = torch.tensor([20220618], device=device)
     return Inputs(tuple(maps), labels, memory, seed, case.classes)
 

@@ -199,7 +199,7 @@ def measure(
     """
     margin = margins(model, image, protocol, device)
     expected = released(model, image, protocol, device)
-    for name, way in WAYS.items():
+    for name, way in (each for each in WAYS.items() if each[0] != "released"):
         if reason := differs(way(model, image, protocol, device), expected, margin):
             raise ValueError(f"{name}: {reason}")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}

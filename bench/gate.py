@@ -32,11 +32,11 @@ class Incoming:
 
 def incoming(case: Case, inputs: Inputs) -> Incoming:
     """Random gradients in the shapes and dtypes in which the operator gets them."""
-    generator = torch.Generator().manual_seed(2)
     device, dtype = inputs.labels.device, DTYPES[case.dtype]
+    generator = torch.Generator(device).manual_seed(2)
 
     def draw(shape: tuple[int, ...], kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, kind)
+        return torch.randn(shape, generator=generator, device=device).to(kind)
 
     scores = (case.batch, case.classes, case.side, case.side)
     outputs = {

@@ -1,208 +1,324 @@
 """Build, test and measure on a machine with a CUDA GPU, without a network, in under ten minutes: ``make gpu-check``.
 
-Works with the packages of the interpreter that runs it (torch, triton, pytest, hypothesis, numpy, pillow, pyyaml, tqdm,
-safetensors, setuptools, pybind11, ninja; nvcc on the path), in an environment of its own that sees them.  Writes
-``<device>.json`` (versions, every step with its time and the end of its output, the records of memory_ops, meta_step,
-photometric and evaluation in bench) and ``<device>.md``, a short table.  A step that fails or runs out of time does not
-stop the others; the exit status is 1.
+Works with the packages of the interpreter that runs it (torch, triton, pip, pytest, hypothesis, numpy, pillow, pyyaml,
+tqdm, safetensors, setuptools, pybind11, ninja; nvcc on the path; tests run in parallel where pytest-xdist is), in an
+environment of its own that sees them.  Runs the steps of ``bench/gpu_steps.py``: those of the set ``first``, or of the
+sets and names given.
+
+Writes, after every step, ``<device>.json`` (``bench/gpu_record.py`` says what is in it); at the end ``<device>.md``,
+its tables, and ``<device>-tests.log``, the tests that failed.  A record of the same device and versions that is there,
+in the same folder or in ``bench/results``, is continued.  A step that fails or runs out of time does not stop the
+others; the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import gpu_record, gpu_steps
+from bench.gpu_record import Record
+from bench.gpu_steps import Step
+from bench.revision import VARIABLE, revision
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv-gpu"
-PYTHON = VENV / "bin" / "python"
-TAIL = 4000  # characters of a step's output that are kept
+RESULTS = ROOT / "bench" / "results"
+SCRATCH = ROOT / "build" / "gpu-check"
+TAIL, TAIL_FAILED = 3000, 20_000  # characters of a step's output that are kept
+LOG = 2_000_000  # of the log of the tests
+SUMMARY = 15.0  # seconds that the tables take
+WORKERS = 12  # processes of tests, at most
+LEAST = 5.0  # seconds without which no step begins
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="bench/results", help="folder of the record [bench/results]")
-    parser.add_argument("--seconds", type=float, default=570, help="time for everything [570]")
-    parser.add_argument("--dry-run", action="store_true", help="print the steps and stop")
-    options = parser.parse_args()
-    out = (ROOT / options.out).resolve()
-    scratch = out / "parts"
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
     if options.dry_run:
-        for name, command, limit in steps(scratch):
-            print(f"{name} (at most {limit} s): {' '.join(map(str, command))}")
+        print_steps(options)
         return
-    out.mkdir(parents=True, exist_ok=True)
-    # what an interrupted run left is not what this one measures
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    # ended from outside, it ends what it has started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended from outside"))
     deadline = time.monotonic() + options.seconds
+    # what an interrupted run left is not what this one measures
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    SCRATCH.mkdir(parents=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     make_environment()
-    description = describe()
-    results = [run(name, command, limit, deadline) for name, command, limit in steps(scratch)]
-    record = description | {"steps": results} | measured(scratch)
-    stem = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / f"{stem}.md").write_text(table(record))
-    shutil.rmtree(scratch)
-    print(table(record))
-    sys.exit(any(step["status"] != "ok" for step in results))
+    session = Session(options.out, describe(options.rehearse), options.rehearse, deadline - SUMMARY)
+    session.run(options.groups)
+    sys.exit(session.finish())
 
 
-def steps(scratch: Path) -> list[tuple[str, list[object], int]]:
-    """Name, command and limit in seconds of everything that is done, most important first."""
-    test = [PYTHON, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    install = [PYTHON, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
-    # rounds end in time for the compiled variant, which comes last and is kept out of the record if it is cut off
-    meta_step = ["bench/meta_step.py", "--preset", "paper", "--iterations", "6", "--limit", "110"]
-    evaluation = ["bench/evaluation.py", "--size", "1024", "2048", "--architecture", "deeplabv3plus_resnet50"]
-    sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    return [
-        ("build", install, 180),
-        ("doctor", [PYTHON, "-m", "pmm_fast.doctor"], 90),
-        ("tests", [*test, "-m", "gpu and not slow", "tests"], 200),
-        ("meta_step", [PYTHON, *meta_step, "--json", scratch / "meta_step.json"], 150),
-        ("memory_ops", [PYTHON, "bench/memory_ops.py", "--limit", "100", "--json", scratch / "memory_ops.json"], 130),
-        ("photometric", [PYTHON, "bench/photometric.py", "--json", scratch / "photometric.json"], 60),
-        ("evaluation", [PYTHON, *evaluation, "--json", scratch / "evaluation.json"], 60),
-        ("memcheck", [*sanitize, "memcheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
-        ("racecheck", [*sanitize, "racecheck", PYTHON, "-m", "pmm_fast.doctor"], 90),
-        ("slow tests", [*test, "-m", "gpu and slow", "tests"], 120),
-    ]
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        metavar="NAME",
+        default=["first"],
+        help=f"what to run: {', '.join([*gpu_steps.SETS, *gpu_steps.BY_NAME])} [first]",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the record [bench/results]")
+    parser.add_argument("--seconds", type=float, help="time for everything [570; rehearsal: 3600]")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and stop")
+    parser.add_argument("--rehearse", action="store_true", help="run miniatures on the CPU [--out build/gpu-rehearsal]")
+    options = parser.parse_args(argv)
+    try:
+        options.groups = gpu_steps.chosen(options.steps)
+    except ValueError as error:
+        parser.error(f"--steps: {error}")
+    options.seconds = options.seconds or (3600.0 if options.rehearse else 570.0)
+    options.out = (options.out or (ROOT / "build" / "gpu-rehearsal" if options.rehearse else RESULTS)).resolve()
+    return options
+
+
+def print_steps(options: argparse.Namespace) -> None:
+    """The commands, those that run at once together."""
+    for group in options.groups:
+        for step in group:
+            text = shlex.join(command_of(step, float(step.limit), options.rehearse)) or "needs a GPU"
+            print(f"{step.name} (at most {step.limit} s{', at once' if len(group) > 1 else ''}): {text}")
 
 
 def make_environment() -> None:
-    """A virtual environment that also sees the packages of this interpreter, wherever those lie."""
-    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    inside = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    """A virtual environment that also sees the packages of this interpreter, wherever those lie; pip is one of them."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(VENV)], check=True)
+    inside = VENV / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     parents = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     # addsitedir also reads the folders' own .pth files
     lines = [f"import site; site.addsitedir({path!r})" for path in parents]
-    Path(inside, "parent.pth").write_text("\n".join([*lines, ""]))
+    (inside / "parent.pth").write_text("\n".join([*lines, ""]))
 
 
-def run(name: str, command: list[object], limit: int, deadline: float) -> dict[str, object]:
-    """One step, ended when its own time or everybody's is up."""
-    seconds = min(limit, deadline - time.monotonic())
-    start = time.monotonic()
-    print(f"{name} ...", flush=True)
-    status, output = "out of time", ""
-    try:
-        if seconds >= 5:
-            status, output = execute([str(part) for part in command], seconds)
-    except FileNotFoundError as error:
-        status, output = f"not there: {error.filename}", ""
-    took = time.monotonic() - start
-    print(f"{name}: {status}, {took:.0f} s", *([output[-TAIL:]] if status != "ok" else []), sep="\n", flush=True)
-    return {"name": name, "status": status, "seconds": round(took, 1), "output": output[-TAIL:]}
+def interpreter() -> Path:
+    """That of the environment."""
+    return VENV / "bin" / "python"
 
 
-def execute(command: list[str], seconds: float) -> tuple[str, str]:
-    """Status and output; a command out of time is ended with all that it has started."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PMM_FAST_BUILD": "cuda", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return "out of time", process.communicate()[0]
-    return "ok" if process.returncode == 0 else f"exit status {process.returncode}", output
+def describe(rehearse: bool) -> Record:
+    """The device and the versions; that of a rehearsal has no name, for its figures mean nothing.
 
-
-def describe() -> dict[str, object]:
-    """The device, the versions and the commit."""
+    What a rehearsal compiles for is an H100.
+    """
     code = (
-        "import json, torch, platform; p = torch.cuda.get_device_properties(0); "
-        "import importlib.metadata as m; print(json.dumps({'device': p.name, 'memory': p.total_memory, "
-        "'capability': f'{p.major}.{p.minor}', 'torch': torch.__version__, 'cuda': torch.version.cuda, "
-        "'triton': m.version('triton'), 'python': platform.python_version()}))"
+        "import json, torch, platform, importlib.metadata as m\n"
+        "found = {'device': 'rehearsal', 'memory': 0, 'capability': '9.0'}\n"
+        f"if not {rehearse}:\n"
+        "    p = torch.cuda.get_device_properties(0)\n"
+        "    found = {'device': p.name, 'memory': p.total_memory, 'capability': f'{p.major}.{p.minor}'}\n"
+        "found |= {'torch': torch.__version__, 'cuda': torch.version.cuda, 'triton': m.version('triton')}\n"
+        "print(json.dumps(found | {'python': platform.python_version()}))"
     )
-    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
-    if found.returncode:
-        reason = found.stderr.strip().splitlines()[-1]
-        sys.exit(f"error: {sys.executable} has no PyTorch with Triton and a CUDA GPU: {reason}")
-    details = json.loads(found.stdout)
-    return details | {"commit": commit(), "date": datetime.date.today().isoformat()}
+    run = subprocess.run([str(interpreter()), "-c", code], capture_output=True, text=True)
+    if run.returncode:
+        lines = run.stderr.strip().splitlines()
+        sys.exit(f"error: {sys.executable} has no PyTorch with Triton and a CUDA GPU: {lines[-1] if lines else ''}")
+    return json.loads(run.stdout.splitlines()[-1]) | {"rehearsal": rehearse}
 
 
-def commit() -> str:
-    """What was measured; a copied tree may have no git."""
+def command_of(step: Step, seconds: float, rehearse: bool) -> list[str]:
+    """The words of a step's command."""
+    log = ["-p", "bench.pytest_log", "--test-log", str(tests_file(step))]
+    if importlib.util.find_spec("xdist"):
+        workers = max(1, min(WORKERS, (os.cpu_count() or 1) - 2))
+        log += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "100"]
+    if importlib.util.find_spec("pytest_timeout"):
+        # one that hangs ends its process, and pytest-xdist starts another
+        log += ["--timeout", str(min(100, step.limit // 2)), "--timeout-method", "thread"]
+    # a bench ends by itself before it would be ended
+    return step.words(gpu_steps.fields(step, interpreter(), SCRATCH, 0.8 * seconds, log), rehearse)
+
+
+def rest_of(process: subprocess.Popen[str]) -> str:
+    """What an ended command has written; a child in a session of its own may live on and hold the pipe open."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+        return process.communicate(timeout=5)[0]
+    except subprocess.TimeoutExpired as error:
+        written = error.output or ""
+        return written if isinstance(written, str) else written.decode(errors="replace")
 
 
-def measured(scratch: Path) -> dict[str, object]:
-    """The benches' records, where they got so far."""
-    files = {name: scratch / f"{name}.json" for name in ("memory_ops", "meta_step", "photometric", "evaluation")}
-    found: dict[str, object] = {}
-    for name, file in files.items():
-        # absent, or half written by a step that ran out of time
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            found[name] = json.loads(file.read_text())
-    return found
+def tests_file(step: Step) -> Path:
+    """Where a step that runs tests has them written."""
+    return SCRATCH / f"{step.name}.jsonl"
 
 
-def table(record: dict) -> str:
-    """The record in short, as Markdown."""
-    versions = ", ".join(f"{name} {record.get(name)}" for name in ("torch", "triton", "cuda", "python"))
-    lines = [f"# {record['device']}", "", f"{record['date']}, commit {record['commit'][:12]}; {versions}", ""]
-    lines += ["| step | status | seconds |", "|---|---|---|"]
-    lines += [f"| {step['name']} | {step['status']} | {step['seconds']} |" for step in record["steps"]]
-    if rows := record.get("meta_step"):
-        lines += [
-            "",
-            "| iteration | images/s | s | peak GB | x released | x without anomaly mode |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row in rows:
-            values = (row["images_per_s"], row["seconds_per_step"], row["peak_bytes"] / 1e9)
-            ratios = (row["ratio_released"], row["ratio_released_no_anomaly"])
-            lines.append("| " + " | ".join([row["variant"], *map(number, (*values, *ratios))]) + " |")
-    if rows := record.get("memory_ops"):
-        lines += [
-            "",
-            "| operator | size | dtype | backend | pass | ms | of bandwidth | x released | x reference |",
-        ]
-        lines.append("|---|---|---|---|---|---|---|---|---|")
-        for row in rows:
-            cells = [row["op"], row["size"], row["dtype"], row["backend"], row["pass"], number(row["median_ms"])]
-            ratios = ("bandwidth_share", "ratio_released", "ratio_reference")
-            lines.append("| " + " | ".join(cells + [number(row.get(name)) for name in ratios]) + " |")
-    if rows := record.get("photometric"):
-        lines += ["", "| photometric | look | ms an image |", "|---|---|---|"]
-        lines += [f"| {row['backend']} | {row['look']} | {number(row['ms_per_image'])} |" for row in rows]
-    if rows := record.get("evaluation"):
-        lines += ["", "| evaluation | way | s an image | network | rest | peak GB | x released | x plain |"]
-        lines.append("|---|---|---|---|---|---|---|---|")
-        for row in rows:
-            values = [row[name] for name in ("seconds", "network_seconds", "rest_seconds")]
-            values += [row["peak_bytes"] / 1e9, row["times_released"], row["times_plain"]]
-            lines.append("| " + " | ".join([row["protocol"], row["way"], *map(number, values)]) + " |")
-    return "\n".join(lines) + "\n"
+@dataclass
+class Session:
+    """One call: runs steps and keeps the record.
 
+    Attributes:
+        out: folder of the record.
+        description: device and versions.
+        rehearse: miniatures are run.
+        deadline: of ``time.monotonic``, when everything must have ended.
+    """
 
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    out: Path
+    description: Record
+    rehearse: bool
+    deadline: float
+    record: Record = field(init=False)
+    failed: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _running: set[subprocess.Popen[str]] = field(default_factory=set)
+    _texts: list[str] = field(default_factory=list)
+    _tested: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stem = re.sub(r"[^a-z0-9]+", "-", self.description["device"].lower()).strip("-")
+        self.commit = revision()
+        self.record = dict(self.description)
+        for folder in (self.out,) if self.rehearse else (self.out, RESULTS):
+            earlier = gpu_record.read(folder / f"{self.stem}.json")
+            if earlier is None:
+                continue
+            if gpu_record.continues(earlier, self.description):
+                print(f"continuing {folder / self.stem}.json of {earlier['date']}")
+                self.record = earlier
+                return
+            print(f"{folder / self.stem}.json is of other versions, and is not continued")
+        print("a new record" + (", of an unknown commit: COMMIT=... names it" if self.commit == "unknown" else ""))
+
+    @property
+    def file(self) -> Path:
+        """The record's."""
+        return self.out / f"{self.stem}.json"
+
+    def run(self, groups: list[list[Step]]) -> None:
+        """Groups one after the other, the steps of a group at once."""
+        for place, group in enumerate(groups):
+            later = sum(max(map(self._limit, others)) for others in groups[place + 1 :])
+            with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
+                try:
+                    started = [pool.submit(self._run_step, step, later) for step in group]
+                    for done in concurrent.futures.as_completed(started):
+                        done.result()
+                except BaseException:
+                    self._end_all()
+                    raise
+
+    def _limit(self, step: Step) -> float:
+        """Seconds: two cores need longer than the sixteen that the limits are for."""
+        return step.limit * (10 if self.rehearse else 1)
+
+    def _run_step(self, step: Step, later: float = 0) -> None:
+        """One step, and what it gave, into the record; ``later`` are the seconds of those after it."""
+        result = self._result(step, later)
+        result |= {"commit": self.commit, "date": datetime.date.today().isoformat()}
+        with self._lock:
+            tests = gpu_record.read_tests(tests_file(step))
+            if tests:
+                result["tests"] = gpu_record.summarise_tests(tests)
+                self._texts.append(gpu_record.tests_text(step.name, tests))
+                self._tested.append(step.name)
+                if not result["tests"]["passed"] and result["status"] == "ok":
+                    result["status"] = "nothing ran"
+            gpu_record.add_step(self.record, result, list(gpu_steps.BY_NAME))
+            file = Path(gpu_steps.fields(step, VENV, SCRATCH, 0, ())["json"][0])
+            # absent, or half written by a step that ran out of time; a JSONDecodeError is a ValueError
+            try:
+                gpu_record.add_results(self.record, step.fills, json.loads(file.read_text()), result)
+            except OSError:
+                pass
+            except ValueError as error:
+                result["status"] = f"wrote no record: {error}" if result["status"] == "ok" else result["status"]
+            gpu_record.write(self.record, self.file)
+            status = result["status"]
+            self.failed |= not status.startswith(("ok", "skipped"))
+            tail = [] if status.startswith(("ok", "skipped")) else [result["output"][-TAIL:]]
+            print(f"{step.name}: {status}, {result['seconds']:.0f} s", *tail, sep="\n", flush=True)
+
+    def _result(self, step: Step, later: float) -> Record:
+        """Run a step, which is ended when its own time or everybody's is up, and what earlier ones left over."""
+        start = time.monotonic()
+        left = self.deadline - start
+        seconds = max(min(self._limit(step), left), left - later)
+        status, output = "out of time", ""
+        print(f"{step.name} ...", flush=True)
+        if self.rehearse and not step.miniature:
+            status = "skipped: needs a GPU"
+        elif seconds >= LEAST:
+            try:
+                status, output = self._execute(command_of(step, seconds, self.rehearse), seconds)
+            except FileNotFoundError as error:
+                status = f"not there: {error.filename}"
+        return {
+            "name": step.name,
+            "status": status,
+            "seconds": round(time.monotonic() - start, 1),
+            "output": output[-(TAIL if status == "ok" else TAIL_FAILED) :],
+        }
+
+    def _execute(self, command: list[str], seconds: float) -> tuple[str, str]:
+        """Status and output; a command out of time is ended with all that it has started."""
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self._environment("pytest" in command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        with self._kept(process):
+            try:
+                output, _ = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return "out of time", rest_of(process)
+        return "ok" if process.returncode == 0 else f"exit status {process.returncode}", output
+
+    @contextlib.contextmanager
+    def _kept(self, process: subprocess.Popen[str]) -> Iterator[None]:
+        self._running.add(process)
+        try:
+            yield
+        finally:
+            self._running.discard(process)
+
+    def _end_all(self) -> None:
+        for process in list(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _environment(self, tests: bool) -> dict[str, str]:
+        build = "cuda" if not self.rehearse or shutil.which("nvcc") else "cpu"
+        found = {**os.environ, "PYTHONUNBUFFERED": "1", "PMM_FAST_BUILD": build, VARIABLE: self.commit}
+        found |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        found |= {"PMM_FAST_CUDA_ARCHS": self.description["capability"].replace(".", "")}
+        # processes side by side, a core each
+        return found | ({"OMP_NUM_THREADS": "1"} if tests else {})
+
+    def finish(self) -> bool:
+        """Write the log of the tests and the tables; whether a step failed."""
+        if self._texts:
+            text = "\n\n".join(self._texts)
+            name = "-".join([self.stem, *sorted(self._tested)])
+            (self.out / f"{name}.log").write_text(text[:LOG])
+        files = [str(self.file), "--out", str(self.file.with_suffix(".md"))]
+        shown = subprocess.run([str(interpreter()), "bench/gpu_summary.py", *files], cwd=ROOT).returncode == 0
+        return self.failed or not shown
 
 
 if __name__ == "__main__":

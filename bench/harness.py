@@ -2,7 +2,7 @@
 
 The passes of an implementation: ``fwd`` with the graph recorded, ``bwd`` all first derivatives, ``fwd+bwd`` the two in
 one go, ``bwd2`` the derivatives of ``bwd``.  Seconds are taken with ``perf_counter`` on a CPU; on a GPU a pass is
-captured as a CUDA graph and replayed between two events, with the L2 cache overwritten before each replay.
+captured as a CUDA graph and replayed between two events, with something else read into the L2 cache before each replay.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from bench.cases import Inputs, Variant
 from bench.gate import differentiable
 
 ROUNDS = 3
+# calls between two events
+AT_ONCE = 8
 
 
 def cpu_name() -> str:
@@ -45,42 +47,69 @@ class Rates:
     exponentials: float
     products: float
 
+    def facts(self) -> dict[str, float]:
+        """By the names that they have in a record."""
+        return {
+            "copy_bytes_per_s": self.bandwidth,
+            "exponentials_per_s": self.exponentials,
+            "products_per_s": self.products,
+        }
+
 
 def least_seconds(call: Callable[[], object], device: torch.device, seconds: float = 0.5) -> float:
     """The shortest duration of a call, repeated for about ``seconds``: limits are what the machine can do at best."""
     call(), call()
     times: list[float] = []
     while len(times) < 5 or sum(times) < seconds:
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        times.append(time.perf_counter() - start)
+        times.append(call_seconds(call, device))
     return min(times)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def call_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The duration of a call; on a GPU of one of several in a row, so that the launch of the first hardly counts."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(AT_ONCE):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / AT_ONCE
 
 
 def measure_rates(device: torch.device) -> Rates:
     """Copy a buffer far larger than the caches, take exponentials of one that fits them, multiply two matrices."""
-    large = 2**30 if device.type == "cuda" else 2**28
-    source = torch.ones(large // 4, device=device)
+    large, side = (2**31, 4096) if device.type == "cuda" else (2**28, 768)
+    source = torch.rand(large // 4, device=device)
     target = torch.empty_like(source)
     copy = least_seconds(lambda: target.copy_(source), device)
-    # on a CPU by one thread and multiplied, since starting the others takes longer than so few exponentials
-    count, threads = (2**24, 1) if device.type == "cuda" else (2**15, torch.get_num_threads())
-    numbers, out = torch.rand(count, device=device), torch.empty(count, device=device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    exp = least_seconds(lambda: torch.exp(numbers, out=out), device, 0.2)
-    torch.set_num_threads(before)
-    side = 4096 if device.type == "cuda" else 768
     matrix, product = torch.rand(side, side, device=device), torch.empty(side, side, device=device)
     multiply = least_seconds(lambda: torch.mm(matrix, matrix, out=product), device, 0.2)
-    return Rates(2 * large / copy, threads * count / exp, side**3 / multiply)
+    exponentials = _cuda_exponentials(device) if device.type == "cuda" else _cpu_exponentials()
+    return Rates(2 * large / copy, exponentials, side**3 / multiply)
+
+
+def _cpu_exponentials() -> float:
+    """Exponentials a second: by one thread and multiplied, since starting the others takes longer than so few."""
+    count, threads = 2**15, torch.get_num_threads()
+    numbers, out = torch.rand(count), torch.empty(count)
+    torch.set_num_threads(1)
+    taken = least_seconds(lambda: torch.exp(numbers, out=out), torch.device("cpu"), 0.2)
+    torch.set_num_threads(threads)
+    return threads * count / taken
+
+
+def _cuda_exponentials(device: torch.device) -> float:
+    """Exponentials a second: many of each number, for torch.exp on a GPU waits for memory."""
+    # here and not at the top: Triton decides when a kernel is defined whether it is interpreted
+    from bench.exponentials import ROUNDS as TIMES
+    from bench.exponentials import exponentials
+
+    numbers = torch.rand(2**22, device=device)
+    return len(numbers) * TIMES / least_seconds(lambda: exponentials(numbers), device, 0.2)
 
 
 @dataclass
@@ -163,17 +192,49 @@ class Clock:
         return {"bwd2": time.perf_counter() - start}
 
 
+class Side:
+    """What the clocks of a case share on a GPU: the stream that all is captured on, and the memory of the graphs.
+
+    Replays follow one another and nobody looks at their results, so each may use the memory of the others.
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        # four times the largest L2 cache there is
+        self._other = torch.zeros(2**26, device="cuda")
+        self._sum = torch.zeros((), device="cuda")
+
+    def empty_cache(self) -> None:
+        """Fill the L2 cache with something else, by reading: what is written would be carried out later, in the time
+        of what is measured."""
+        torch.sum(self._other, (0,), out=self._sum)
+
+
+def _waits(call: Callable[[], object]) -> bool:
+    """Whether a call waits for the host: its capture would fail, and leave PyTorch 2.11's generator in it."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    return False
+
+
 class GraphClock:
     """Times the passes of a runner on a GPU: replays of CUDA graphs, so that launches do not count.
 
-    What cannot be captured (the released code's waits of the host) is run as it is, between the same events.
+    What cannot be captured is run as it is, between the same events.  The released code's waits for the host are left
+    out (``bench/released_ops.py``), to its advantage.
     """
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.stream = torch.cuda.Stream()
-        # twice the largest L2 cache there is
-        self._flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    def __init__(self, runner: Runner, side: Side) -> None:
+        self.runner, self.side = runner, side
         self._calls: dict[str, Callable[[], object]] = {}
         self.not_captured: set[str] = set()
 
@@ -186,7 +247,7 @@ class GraphClock:
         return {"bwd2": self._time("bwd2")}
 
     def _call_of(self, which: str) -> Callable[[], object]:
-        """A pass as a call; what it needs has been computed on the stream that captures."""
+        """A pass as a call; what it needs has been computed on the stream that captures, as a derivative must be."""
         runner = self.runner
         if which == "fwd":
             return runner.forward
@@ -198,23 +259,29 @@ class GraphClock:
         return lambda: runner.backward(outputs, keep=True)
 
     def _capture(self, which: str) -> Callable[[], object]:
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self.side.stream.wait_stream(torch.cuda.current_stream())
+        # around the capture too: one that fails leaves its stream the current one
+        with torch.cuda.stream(self.side.stream):
             call = self._call_of(which)
-            for _ in range(3):
+            for _ in range(2):
                 call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                kept = call()
-        except RuntimeError:
             torch.cuda.synchronize()
-            self.not_captured.add(which)
-            return call
+            if _waits(call):
+                self.not_captured.add(which)
+                return call
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.side.pool, stream=self.side.stream):
+                    call()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                torch.cuda.synchronize()
+                self.not_captured.add(which)
+                return call
 
-        def replay(kept: object = (kept, call)) -> None:
-            # the outputs live in the graph's pool, and the call keeps what the graph reads
+        def replay(kept: object = call) -> None:
+            # the call keeps what the graph reads
             graph.replay()
 
         return replay
@@ -223,8 +290,8 @@ class GraphClock:
         if which not in self._calls:
             self._calls[which] = self._capture(which)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self.stream):
-            self._flush.zero_()
+        with torch.cuda.stream(self.side.stream):
+            self.side.empty_cache()
             start.record()
             self._calls[which]()
             end.record()
@@ -232,9 +299,12 @@ class GraphClock:
         return start.elapsed_time(end) / 1e3
 
 
-def clock(runner: Runner, device: torch.device) -> Clock | GraphClock:
-    """The clock for a device."""
-    return GraphClock(runner) if device.type == "cuda" else Clock(runner)
+def clocks(runners: dict[str, Runner], device: torch.device) -> dict[str, Clock | GraphClock]:
+    """A clock for each implementation of a case."""
+    if device.type != "cuda":
+        return {name: Clock(runner) for name, runner in runners.items()}
+    side = Side()
+    return {name: GraphClock(runner, side) for name, runner in runners.items()}
 
 
 @contextlib.contextmanager
@@ -282,6 +352,8 @@ def peaks(runner: Runner, device: torch.device, twice: bool) -> dict[str, int]:
     found = {"fwd": forward, "bwd": backward, "fwd+bwd": max(forward, kept + backward)}
     if twice:
         found["bwd2"] = peak_of(runner.second())[0]
+        # a clock makes its own: a graph can only be captured on the stream that it was recorded on
+        runner.release()
     return found
 
 
@@ -291,22 +363,33 @@ def time_together(
     seconds: float,
     tick: Callable[[], object],
     least: int = 3,
-) -> dict[str, dict[str, list[float]]]:
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, Exception]]:
     """Durations of a clock's ``part`` ("first" or "second") for several implementations, in turns.
 
     Each gets about ``seconds`` of time in ``ROUNDS`` turns, and at least ``least`` repeats.  They are warm: their
     memory has been measured before.
+
+    Returns:
+        Durations by implementation and pass; and what ended an implementation, which then has no durations.
     """
     found: dict[str, dict[str, list[float]]] = {name: {} for name in clocks}
+    failed: dict[str, Exception] = {}
     for _ in range(ROUNDS):
         for name, clock in clocks.items():
             run = getattr(clock, part)
             spent, repeats = 0.0, 0
-            while repeats * ROUNDS < least or spent < seconds / ROUNDS:
+            while name in found and (repeats * ROUNDS < least or spent < seconds / ROUNDS):
                 began = time.perf_counter()
-                for which, duration in run().items():
+                try:
+                    durations = run()
+                except Exception as error:
+                    # without the frames, which hold what was on the device
+                    failed[name] = error.with_traceback(None)
+                    del found[name]
+                    break
+                for which, duration in durations.items():
                     found[name].setdefault(which, []).append(duration)
                 spent += time.perf_counter() - began
                 repeats += 1
             tick()
-    return found
+    return found, failed

@@ -153,19 +153,29 @@ def costs(records: list[Record], files: tuple[str, ...], workers: int) -> dict[s
     }
 
 
+def ratios(records: list[Record], target: Target, workers: int) -> tuple[str, tuple[float, float]] | None:
+    """The pipeline of a target and how many times it is faster, by the clock and by CPU time; None if not measured."""
+    here = costs(records, target.files, workers)
+    name = min(here, key=here.__getitem__) if target.pipeline == "best" and here else target.pipeline
+    if name not in here or target.against not in here:
+        return None
+    mine, other = here[name], here[target.against]
+    return name, (other[0] / mine[0], other[1] / mine[1])
+
+
 def target_lines(records: list[Record]) -> list[str]:
     """Asked and found, by the clock and by CPU time, for every target whose pipelines were measured."""
     lines = []
     for target in TARGETS:
         for workers in sorted({record["workers"] for record in records}):
-            here = costs(records, target.files, workers)
-            name = min(here, key=here.__getitem__) if target.pipeline == "best" and here else target.pipeline
-            if name not in here or target.against not in here:
+            compared = ratios(records, target, workers)
+            if compared is None:
                 continue
+            name, times = compared
             title = f"{name} / {target.against}, {' + '.join(target.files)}, {workers} worker{'s' * (workers > 1)}"
             line = f"{title:<56}{f'>= {target.asked:g}x':>9}"
-            for mine, other in zip(here[name], here[target.against], strict=True):
-                line += f"{other / mine:>9.2f}x {'met' if other / mine >= target.asked else 'missed':<6}"
+            for ratio in times:
+                line += f"{ratio:>9.2f}x {'met' if ratio >= target.asked else 'missed':<6}"
             lines.append(line.rstrip())
     if lines:
         lines.insert(0, f"\n{'target':<56}{'asked':>9}{'images/s':>10}{'by CPU time':>18}")

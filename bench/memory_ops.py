@@ -9,8 +9,8 @@ exit status is 1.
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import cases as C
 from bench import harness, report, roofline
 from bench.gate import Gate
+from bench.revision import revision
 from pmm_fast.ops import backends
 
-ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ("cuda", "triton", "cpu")
 # without arguments: this much time, of five minutes, so that a slow last case does not break the promise
 LIMIT = 270.0
@@ -82,8 +82,9 @@ def chosen_cases(options: argparse.Namespace) -> list[C.Case]:
             wanted = (options.op, case.op), (options.dtype, case.dtype)
             by_size = not options.size or kind in options.size or case.size in options.size
             return by_size and all(not names or name in names for names, name in wanted)
-        telling = ("paper", "fill") if options.device == "cuda" else ("paper", "small")
-        return kind in telling and (case.dtype == "float32" or case.size == "paper")
+        if options.device == "cuda":
+            return kind in ("paper", "fill")
+        return kind in ("paper", "small") and (case.dtype == "float32" or case.size == "paper")
 
     return [case for case in C.all_cases() if matches(case)]
 
@@ -177,11 +178,15 @@ def run_case(
             outcome.failed[variant.name] = wrong
         tick()
     del gate
-    clocks = {name: harness.clock(runner, device) for name, runner in runners.items()}
+    clocks = harness.clocks(runners, device)
     for part in ("first", "second"):
-        taking_part = {name: clocks[name] for name in clocks if part == "first" or twice[name]}
-        for name, seconds in harness.time_together(taking_part, part, options.seconds / 2, tick).items():
+        taking_part = {name: clocks[name] for name in outcome.measured if part == "first" or twice[name]}
+        found, failed = harness.time_together(taking_part, part, options.seconds / 2, tick)
+        for name, seconds in found.items():
             outcome.measured[name].seconds.update(seconds)
+        for name, error in failed.items():
+            outcome.failed[name] = first_line(error)
+            del outcome.measured[name]
     for name, one in clocks.items():
         if isinstance(one, harness.GraphClock) and one.not_captured:
             passes = ", ".join(sorted(one.not_captured))
@@ -194,14 +199,18 @@ class Pace:
 
     SLACK = 1.3
 
-    def __init__(self, limit: float) -> None:
-        self.start, self.limit = time.monotonic(), limit
+    def __init__(self, limit: float, device: str) -> None:
+        self.start, self.limit, self.device = time.monotonic(), limit, device
         self.seconds = self.done = 0.0
 
     def weight(self, case: C.Case) -> float:
-        """About proportional to the time that a case takes: maps as large as the labels, and repeats of small ones."""
+        """About proportional to the time that a case takes: maps as large as the labels, and repeats of small ones.
+
+        On a GPU repeats are most of it, and compiling, whatever the size.
+        """
         maps = 0.2 if case.op == "memory_read" else 1.0
-        return 0.1 + maps * case.batch * case.label_side**2 / (8 * 768**2)
+        work = maps * case.batch * case.label_side**2 / (8 * 768**2)
+        return 1 + work / 20 if self.device == "cuda" else 0.1 + work
 
     def add(self, case: C.Case, seconds: float) -> None:
         self.seconds += seconds
@@ -215,22 +224,17 @@ class Pace:
 
 def versions(device: str) -> dict[str, object]:
     """What a record must say about where it was made."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
     try:
         triton: str | None = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else harness.cpu_name(),
         "torch": torch.__version__,
         "triton": triton,
-        "commit": git("rev-parse", "--short=12", "HEAD") + changed,
+        "commit": revision(),
         "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -263,7 +267,7 @@ class Session:
 
         Compiling takes longer than all else, so where time is limited it comes last.
         """
-        pace = Pace(self.options.limit)
+        pace = Pace(self.options.limit, self.options.device)
         wanted = "compiled" in (self.options.backend or C.BASELINES)
         last = wanted and self.options.limit < float("inf")
         form = "{desc}: {percentage:3.0f}% [{elapsed}<{remaining}]"
@@ -290,7 +294,11 @@ class Session:
         """Measure implementations of a case, beside those that have been; the bar goes on to ``target``."""
         bar.set_description(case.title)
         step = (target - bar.n) / (max(len(variants), 1) * (2 + 2 * harness.ROUNDS))
-        outcome = run_case(case, variants, self.options, lambda: bar.update(step))
+        try:
+            outcome = run_case(case, variants, self.options, lambda: bar.update(step))
+        # as a rule too little memory for what the others are compared with
+        except Exception as error:
+            outcome = Outcome(failed={"gate": first_line(error)})
         for name, reason in outcome.failed.items():
             self.any_failed = True
             bar.write(f"{case.op:<23}{case.size:<11}{case.dtype:<8}{name:<14}FAILED: {reason}", file=sys.stdout)
@@ -305,6 +313,8 @@ class Session:
             report.write_json(self.options.json, self.records())
         torch._dynamo.reset()
         gc.collect()
+        if self.options.device == "cuda":
+            torch.cuda.empty_cache()
 
     def finish(self) -> None:
         """What is said at the end, and the files."""
@@ -323,7 +333,7 @@ class Session:
             report.write_csv(options.csv, records)
         if options.plot:
             about = f"{self.about['device']}, {self.about['threads']} threads, torch {self.about['torch']}"
-            roofline.draw(options.plot, records, self.rates, about)
+            roofline.draw(options.plot, records, self.rates.bandwidth, self.rates.exponentials, about)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -345,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{rates.products / 1e9:.1f} G multiply-adds/s\n\n{report.HEADER}",
         flush=True,
     )
-    session = Session(options, cases, kernels, rates, about)
+    session = Session(options, cases, kernels, rates, about | rates.facts())
     session.run()
     session.finish()
     sys.exit(session.any_failed)

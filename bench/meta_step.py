@@ -4,7 +4,18 @@ One iteration is the step, SGD, and the memory's rewrite, on the same images and
 released recipe as shipped (with autograd's anomaly detection) and without that, and ours, order 1 and 2, in float32 and
 under bf16 autocast, eager and compiled.  Nothing is timed before the released iteration and ours were found to be the
 same mathematics, and the orders to be equal and apart where they must; otherwise the exit status is 1, as it is when a
-variant fails.  The variants take turns, so that what else the machine does hits all alike.
+variant fails.  On a CPU the variants take turns, so that what else the machine does hits all alike.  On a GPU, which
+is ours alone, one comes after the other, and has all of its memory: a captured step sets much of it aside.
+
+``--json`` writes a list of rows, one for each variant that was timed so far, kept up to date: the keys of
+``step_report.KEYS`` (seconds are of a whole iteration with all waits; ``peak_bytes``: :func:`weigh`), then
+
+* ``compiled_by``: the engine of a compiled step (``graph``, ``inductor``, ``cuda-graph``);
+* ``compile_seconds``: until the compiled step ran; ``compile_split_s``: ``trace``, ``compile`` (or capture) and
+  ``check``, the eager steps of the check included; ``graph_nodes``: operations in the graph; ``checked``: what the
+  comparison with eager mode found; these are None where the step is not compiled;
+* ``device``, ``threads``, ``torch``, ``commit`` and what else is the same for all rows: ``tf32``, ``engine``,
+  ``architecture``, ``crop``, ``images_a_domain``.
 """
 
 from __future__ import annotations
@@ -56,7 +67,12 @@ PRESETS = {
         600.0,
         True,
         "cuda-graph",
-        (*BASELINES, *EAGER, "order2_bf16_checkpointed", "plain_bf16", "order2_bf16_compiled"),
+        (
+            # what was asked for comes first, should time run out
+            *(*BASELINES, "order2_bf16_compiled", "order1_bf16_compiled", "order2_bf16", "order1_bf16", "plain_bf16"),
+            *("order2", "order1", "order2_compiled", "order1_compiled", "order2_bf16_checkpointed"),
+            "order2_bf16_searched",
+        ),
     ),
 }
 
@@ -70,7 +86,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="images a domain, two domains [2; paper: 4]")
     parser.add_argument("--iterations", type=int, help="timed iterations of each variant, at most [4; paper: 10]")
     parser.add_argument(
-        "--limit", type=float, metavar="S", help="no further round begins after S seconds [130; paper: 600]"
+        "--limit",
+        type=float,
+        metavar="S",
+        help="no further round, and on a GPU no further variant, begins after S seconds [130; paper: 600]",
     )
     parser.add_argument("--variants", nargs="+", metavar="NAME", choices=VARIANTS, help=", ".join(VARIANTS))
     parser.add_argument("--engine", help="of compiled variants: graph, inductor, cuda-graph [graph; paper: cuda-graph]")
@@ -103,18 +122,47 @@ class Session:
     begin: float = field(default_factory=time.monotonic)
     measured: dict[Variant, harness.Measured] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
+    _compiling: dict[Variant, dict[str, object]] = field(default_factory=dict)
     _ready: dict[Variant, Iteration] = field(default_factory=dict)
 
     def records(self) -> list[step_report.Record]:
         """What the files hold: every variant that was timed."""
         timed = {variant: found for variant, found in self.measured.items() if found.seconds}
         return [
-            record | {"compile_seconds": compile_seconds(self._ready[variant])} | self.about
+            record | self._compiling[variant] | self.about
             for variant, record in zip(timed, step_report.records_of(timed, self.setup), strict=True)
         ]
 
     def run(self, variants: list[Variant]) -> None:
-        """Everything that there is time for: the eager variants first, then, once more, all of them.
+        """Everything that there is time for."""
+        alone = self.setup.device.type == "cuda"
+        stages = [([variant], self.options.iterations) for variant in variants] if alone else self._turns(variants)
+        total = len(variants) + sum(count for _, count in stages)
+        with tqdm(total=total, desc="preparing", disable=not sys.stderr.isatty()) as bar:
+            for added, count in stages:
+                if alone:
+                    self._ready.clear()
+                    release_memory(self.setup.device)
+                for variant in added:
+                    bar.set_description(variant.name)
+                    if alone and self.measured and self._is_late():
+                        self.late.append(variant.name)
+                    else:
+                        self._prepare(variant)
+                    bar.update()
+                bar.set_description("rounds")
+                for index in range(max(count, 1)):
+                    # one round whatever it takes: a ratio needs both of its sides
+                    if index == 0 or not self._is_late():
+                        self._round()
+                    bar.update()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self.begin >= self.options.limit
+
+    def _turns(self, variants: list[Variant]) -> list[tuple[list[Variant], int]]:
+        """The eager variants first, then, once more, all of them: what joins, and for how many rounds.
 
         Compiling can take longer than all else; what is known before stands in the file if that is cut off.
         """
@@ -125,20 +173,7 @@ class Session:
         first = 1 if self.options.engine == "graph" else (rounds + 1) // 2
         first = first if compiled else rounds
         stages = [(eager, first)] if eager else []
-        stages += [(compiled, rounds - first if eager else rounds)] if compiled else []
-        total = sum(len(added) for added in (eager, compiled)) + sum(count for _, count in stages)
-        with tqdm(total=total, desc="preparing", disable=not sys.stderr.isatty()) as bar:
-            for added, count in stages:
-                for variant in added:
-                    bar.set_description(variant.name)
-                    self._prepare(variant)
-                    bar.update()
-                bar.set_description("rounds")
-                for index in range(max(count, 1)):
-                    # one round whatever it takes: a ratio needs both of its sides
-                    if index == 0 or time.monotonic() - self.begin < self.options.limit:
-                        self._round()
-                    bar.update()
+        return stages + ([(compiled, rounds - first if eager else rounds)] if compiled else [])
 
     def _prepare(self, variant: Variant) -> None:
         """Build a variant, run it to be warm, and weigh it."""
@@ -147,7 +182,7 @@ class Session:
         except Exception as error:
             self.failed[variant.name] = first_line(error)
         else:
-            self._ready[variant] = iteration
+            self._ready[variant], self._compiling[variant] = iteration, compile_facts(iteration)
             self.measured[variant] = harness.Measured(peak_bytes={"step": peak, "kept": kept})
         release_memory(self.setup.device)
 
@@ -176,6 +211,8 @@ class Session:
             print(step_report.row(record))
         for name, reason in self.failed.items():
             print(f"{name:<24}NOT AVAILABLE: {reason}")
+        for name in self.late:
+            print(f"{name:<24}NOT MEASURED: {self.options.limit:g} s were over")
         print(step_report.LEGEND)
         for line in step_report.target_lines(records, self.options.device):
             print(line)
@@ -186,12 +223,19 @@ class Session:
             step_report.draw(self.options.plot, records, f"{size}; {about}")
 
 
-def compile_seconds(iteration: Iteration) -> float | None:
-    """Seconds that tracing, compiling and the check of the result took; None where nothing was compiled."""
+def compile_facts(iteration: Iteration) -> dict[str, object]:
+    """The columns of a row that are about a compiled step; None where nothing was compiled."""
     step = iteration.step
     if not isinstance(step, meta.CompiledStep):
-        return None
-    return step.trace_seconds + step.compile_seconds + step.check_seconds
+        return dict.fromkeys(("compiled_by", "compile_seconds", "compile_split_s", "graph_nodes", "checked"))
+    split = {"trace": step.trace_seconds, "compile": step.compile_seconds, "check": step.check_seconds}
+    return {
+        "compiled_by": step.engine,
+        "compile_seconds": sum(split.values()),
+        "compile_split_s": split,
+        "graph_nodes": step.nodes,
+        "checked": "; ".join(map(str, step.agreements)),
+    }
 
 
 def weigh(build: Callable[[], Iteration], device: torch.device) -> tuple[Iteration, int, int]:

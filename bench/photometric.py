@@ -1,7 +1,8 @@
 """Milliseconds an image of ``ops.photometric``, every backend beside Pillow: ``python bench/photometric.py``.
 
-Eight crops as the loaders deliver them (uint8, channels last), on a GPU if there is one.  A backend is timed only after
-its results were compared with Pillow's: the same levels, but for a blur's rounding of ties.
+Eight crops as the loaders deliver them (uint8, channels last), on a GPU if there is one, where calls follow one another
+as fast as the host launches them.  A backend is timed only after its results were compared with Pillow's: the same
+levels, but for a blur's rounding of ties.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.harness import call_seconds
 from bench.memory_ops import first_line, versions
 from bench.report import write_json
 from pmm_fast import ops
 from pmm_fast.data.transforms import MEAN, NO_JITTER, STD, render
+from pmm_fast.ops.backends import interpreted
 
 IMAGES = 8
 ROUNDS = 15
@@ -70,15 +72,17 @@ def differs(found: Tensor, expected: Tensor, blurred: bool) -> str | None:
 
 
 def median_ms(call: Callable[[], object], device: torch.device) -> float:
-    """The median duration of a call, the device waited for."""
-    times = []
-    for _ in range(ROUNDS + 2):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+    """The median duration of a call, after two that warm up."""
+    times = [call_seconds(call, device) for _ in range(ROUNDS + 2)]
     return 1e3 * statistics.median(times[2:])
+
+
+def backends_on(device: torch.device) -> list[str]:
+    """The backends that take images on a device."""
+    takes = {"reference", device.type}
+    if interpreted() == (device.type == "cpu"):
+        takes.add("triton")
+    return [name for name in ops.available_backends("photometric") if name in takes]
 
 
 def run(images: Tensor, looks: Tensor) -> Tensor:
@@ -106,16 +110,17 @@ def measure(backend: str, images: Tensor, kinds: dict[str, Tensor], expected: di
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--side", type=int, default=768, help="of the square crops, in pixels [768]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run [cuda if there is one]")
     parser.add_argument("--json", metavar="FILE", help="write the records here, as a list")
     options = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     facts = versions(device.type)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     images, kinds = make_images(options.side), make_looks()
     expected = {kind: pillow(images, looks) for kind, looks in kinds.items()}
     records, failed = [], False
     print(f"{'backend':<12}" + "".join(f"{kind:>12}" for kind in kinds) + "   ms an image")
-    for backend in ("pillow", *ops.available_backends("photometric")):
+    for backend in ("pillow", *backends_on(device)):
         try:
             times = measure(backend, images if backend == "pillow" else images.to(device), kinds, expected)
         except Exception as error:

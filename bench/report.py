@@ -136,6 +136,10 @@ TARGETS_GPU = (
         for op, size in (("masked_average_pool", "fill"), ("memory_read", "fill"), ("memory_pass", "fill/one"))
         for which in ("fwd", "bwd")
     ),
+    *(
+        Target(op, size, "bwd2", "bwd", 3)
+        for op, size in (("memory_read", "paper"), ("memory_pass", "paper/one"), ("memory_pass", "paper/two"))
+    ),
 )
 
 
@@ -179,7 +183,7 @@ def describe_floor(case: Case, which: str, median_ms: float, rates: Rates) -> st
     return f"took {median_ms:.2f} ms, {median_ms / floor:.1f}x the floor of {floor:.2f} ms ({', '.join(parts)})"
 
 
-_WHAT = {
+QUANTITIES = {
     "released": "times faster than released",
     "separate": "times faster than separate calls",
     "memory": "peak memory, share of released",
@@ -202,7 +206,7 @@ def target_lines(records: list[Record], backends: list[str], device: str, rates:
             verdict = "met" if target.met(found) else "MISSED"
             name = f"{backend} {target.op} {target.size} {target.which}"
             asked = f"{'<=' if target.at_most else '>='} {form.format(target.asked)}"
-            lines.append(f"{name:<52}{_WHAT[target.quantity]:<34}{asked:>11}{form.format(found):>10}  {verdict}")
+            lines.append(f"{name:<52}{QUANTITIES[target.quantity]:<34}{asked:>11}{form.format(found):>10}  {verdict}")
             if verdict == "MISSED" and target.quantity != "memory":
                 mine = by_key[target.op, target.size, "float32", backend, target.which]
                 case = cases[target.op, target.size]

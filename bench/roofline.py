@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.cases import Case, Work, all_cases, work
-from bench.harness import Rates
 from bench.report import Record
 
 COLOURS = {
@@ -20,8 +19,25 @@ COLOURS = {
 MARKERS = {"masked_average_pool": "o", "memory_read": "s", "memory_pass": "D", "upsample_cross_entropy": "^"}
 
 
-def draw(path: str, records: list[Record], rates: Rates, title: str) -> None:
-    """Two panels, time over bytes and time over exponentials; what lies on a line cannot be faster."""
+def draw(
+    path: str,
+    records: list[Record],
+    bandwidth: float,
+    exponentials: float | None,
+    title: str,
+    notes: dict[str, str] | None = None,
+) -> None:
+    """Two panels, time over bytes and time over exponentials; what lies on a line cannot be faster.
+
+    The second only where its line is known.
+
+    Args:
+        path: of the PNG.
+        records: rows of memory_ops.
+        bandwidth, exponentials: ceilings, a second; None where it was not measured.
+        title: above both.
+        notes: kept in the file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,15 +49,18 @@ def draw(path: str, records: list[Record], rates: Rates, title: str) -> None:
         for record in records
         if record["backend"] in COLOURS and record["pass"] != "fwd+bwd"
     ]
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    _panel(panels[0], shown, lambda least: least.moved / 1e6, rates.bandwidth / 1e6, "least bytes moved, MB")
-    label = "least exponentials and logarithms, millions"
-    _panel(panels[1], shown, lambda least: least.exponentials / 1e6, rates.exponentials / 1e6, label)
-    panels[0].set_title(f"copy bandwidth {rates.bandwidth / 1e9:.1f} GB/s")
-    panels[1].set_title(f"{rates.exponentials / 1e9:.2f} G exponentials a second (torch.exp)")
-    _legend(figure, [record for _, record in shown])
+    count = 2 if exponentials else 1
+    figure, panels = pyplot.subplots(1, count, figsize=(2 + 5.5 * count, 6), squeeze=False, layout="constrained")
+    panels = panels[0]
+    _panel(panels[0], shown, lambda least: least.moved / 1e6, bandwidth / 1e6, "least bytes moved, MB")
+    panels[0].set_title(f"copy bandwidth {bandwidth / 1e9:.4g} GB/s")
+    if exponentials:
+        label = "least exponentials and logarithms, millions"
+        _panel(panels[1], shown, lambda least: least.exponentials / 1e6, exponentials / 1e6, label)
+        panels[1].set_title(f"{exponentials / 1e9:.3g} G exponentials a second")
+    _legend(figure, [record for _, record in shown], 3 * count)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata=notes)
     pyplot.close(figure)
 
 
@@ -65,7 +84,7 @@ def _panel(
         axes.plot(ends, [x / rate * 1e3 for x in ends], color="black", linewidth=1)
 
 
-def _legend(figure: Any, records: list[Record]) -> None:
+def _legend(figure: Any, records: list[Record], columns: int) -> None:
     """Colours are implementations, shapes are operators."""
     from matplotlib.lines import Line2D
 
@@ -82,5 +101,5 @@ def _legend(figure: Any, records: list[Record]) -> None:
     ]
     if any(record["dtype"] != "float32" for record in records):
         entries.append(Line2D([], [], marker="o", linestyle="", color="grey", markerfacecolor="none", label="bf16"))
-    entries.append(Line2D([], [], color="black", linewidth=1, label="what PyTorch reaches"))
-    figure.legend(handles=entries, loc="outside lower center", ncols=6, frameon=False)
+    entries.append(Line2D([], [], color="black", linewidth=1, label="measured ceiling"))
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns, frameon=False)

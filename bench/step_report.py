@@ -134,13 +134,17 @@ TARGETS_GPU = (
     Target("order2_bf16_compiled", "released_no_anomaly", "speed", 3),
     Target("order2_bf16_compiled", "released", "memory", 0.5),
     Target("order2_bf16", "released", "memory", 0.5),
+    Target("order2_bf16", "order1_bf16", "time", 1.3),
+    Target("order2_bf16_compiled", "order1_bf16_compiled", "time", 1.3),
 )
+
+
+QUANTITIES = {"speed": "times faster than", "time": "time, multiple of", "memory": "peak memory, share of"}
 
 
 def target_lines(records: list[Record], device: str) -> list[str]:
     """Asked and found, for every target whose variants were measured; what limits the time of order 2."""
     by_name = {record["variant"]: record for record in records}
-    what = {"speed": "times faster than", "time": "time, multiple of", "memory": "peak memory, share of"}
     lines = []
     for target in TARGETS_GPU if device == "cuda" else TARGETS_CPU:
         found = target.found(by_name)
@@ -150,7 +154,7 @@ def target_lines(records: list[Record], device: str) -> list[str]:
             ("{:.0%}" if target.quantity == "memory" else "{:.2f}x"),
             ">=" if target.quantity == "speed" else "<=",
         )
-        name = f"{target.variant}: {what[target.quantity]} {target.against}"
+        name = f"{target.variant}: {QUANTITIES[target.quantity]} {target.against}"
         verdict = "yes" if target.met(found) else "no"
         lines.append(f"{name:<64}{f'{sign} {form.format(target.asked)}':>11}{form.format(found):>9}  {verdict}")
     if lines:
@@ -200,8 +204,8 @@ COLOURS = {
 }
 
 
-def draw(path: str, records: list[Record], title: str) -> None:
-    """Two panels of bars, a variant each: seconds an iteration by part, and peak memory."""
+def draw(path: str, records: list[Record], title: str, notes: dict[str, str] | None = None) -> None:
+    """Two panels of bars, a variant each: seconds an iteration by part, and peak memory; ``notes`` stay in the file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,5 +229,5 @@ def draw(path: str, records: list[Record], title: str) -> None:
     peaks.set(xlabel="peak memory, GB")
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata=notes)
     pyplot.close(figure)

@@ -19,10 +19,14 @@ from bench.released_step import ReleasedStep
 from pmm_fast import meta, ops
 from pmm_fast.engine.build import memory_format
 from pmm_fast.models import Segmentor, build_model
+from pmm_fast.models.mobilenetv2 import InvertedResidual
+from pmm_fast.models.resnet import BasicBlock, Bottleneck
 
 CLASSES = 19
 DROPOUT = 0.1
 LR = 1e-4
+# weight of the last batch norm of a residual branch
+DAMPING = 0.1
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
 
 
@@ -36,9 +40,11 @@ class Variant:
         order: of the meta-gradient; None without one.
         dtype: ``float32``, or ``bf16`` for autocast.
         compiled: through ``meta.CompiledStep``.
+        engine: of a compiled one; None: that of the run.
         checkpointed: activations are computed again for the derivatives.
         anomaly: under autograd's anomaly detection, as the released code is shipped.
         alone: the losses' gradient only, without optimiser and rewrite.
+        searched: cuDNN measures its kernels and takes the fastest (``torch.backends.cudnn.benchmark``).
     """
 
     name: str
@@ -49,6 +55,8 @@ class Variant:
     checkpointed: bool = False
     anomaly: bool = False
     alone: bool = False
+    engine: str | None = None
+    searched: bool = False
 
     @property
     def is_released(self) -> bool:
@@ -78,6 +86,8 @@ VARIANTS = {
         Variant("mldg_order2", "mldg", 2),
         Variant("plain", "agg", alone=True),
         Variant("plain_bf16", "agg", dtype="bf16", alone=True),
+        Variant("order2_bf16_inductor", "pinmem", 2, "bf16", compiled=True, engine="inductor"),
+        Variant("order2_bf16_searched", "pinmem", 2, "bf16", compiled=True, searched=True),
     )
 }
 
@@ -105,9 +115,18 @@ class Setup:
 
 
 def new_model(setup: Setup, memory: bool = True, dropout: float = DROPOUT) -> Segmentor:
-    """The network that every variant starts from, its memory filled with random unit rows."""
+    """The network that every variant starts from, its memory filled with random unit rows.
+
+    Its residual branches are damped: a freshly made network amplifies a rounding error of its first layers until
+    nothing of the gradient is left (1e-7 in float32 is 0.3 of the cosine), and no comparison would mean anything.
+    """
     torch.manual_seed(0)
     model = build_model(setup.architecture, CLASSES, channels=setup.channels, memory=memory, aux_dropout=dropout)
+    for module in model.modules():
+        if isinstance(module, BasicBlock | Bottleneck | InvertedResidual):
+            branch = module.conv if isinstance(module, InvertedResidual) else module
+            last = [child for child in branch.children() if isinstance(child, nn.BatchNorm2d)][-1]
+            nn.init.constant_(last.weight, DAMPING)
     if model.memory is not None:
         model.memory.slots.copy_(ops.normalize(torch.rand_like(model.memory.slots), 1))
     return model.to(setup.device).train()
@@ -124,6 +143,12 @@ def new_batches(setup: Setup) -> tuple[meta.Batch, meta.Batch]:
         return meta.Batch(images.to(setup.device), labels.contiguous().to(setup.device))
 
     return batch(), batch()
+
+
+def cudnn_flags(benchmark: bool, deterministic: bool) -> contextlib.AbstractContextManager[None]:
+    """How cuDNN chooses its kernels; whether they may round to TF32 stays as it is for the run."""
+    tf32 = torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, deterministic=deterministic, allow_tf32=tf32)
 
 
 class Ours:
@@ -144,7 +169,7 @@ class Ours:
         )
         # what is compiled is checked against the plain step on its first batch, and stops if it differs
         self.step: Callable[..., meta.StepResult] = (
-            meta.CompiledStep(engine=setup.engine, strict=True) if variant.compiled else meta.step
+            meta.CompiledStep(variant.engine or setup.engine, strict=True) if variant.compiled else meta.step
         )
         self.generator = torch.Generator(setup.device).manual_seed(2)
         self.train, self.test = self._split(setup)
@@ -160,6 +185,10 @@ class Ours:
 
     def __call__(self, clock: Clock) -> dict[str, float]:
         """One iteration; returns its losses, which makes it wait for the device, as the trainer does."""
+        with cudnn_flags(benchmark=self.variant.searched, deterministic=False):
+            return self._iterate(clock)
+
+    def _iterate(self, clock: Clock) -> dict[str, float]:
         sizes = len(self.train.images), len(self.test.images) if self.test else 0
         channels = self.model.aux_head.dropped_channels
         noise = meta.draw_noise(sizes, channels, DROPOUT, self.memory is not None, self.generator)
@@ -196,10 +225,7 @@ class Released:
 
     def __call__(self, clock: Clock) -> dict[str, float]:
         """One iteration; returns its losses."""
-        deterministic = torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32
-        )
-        with deterministic, torch.autograd.set_detect_anomaly(self.variant.anomaly):
+        with cudnn_flags(benchmark=False, deterministic=True), torch.autograd.set_detect_anomaly(self.variant.anomaly):
             return self.step.iterate(self.train, self.test, clock)
 
 

@@ -48,7 +48,8 @@ def code(text):
 def make_targets(text):
     found = set()
     for piece in code(text):
-        if match := re.match(r"make ((?:[\w-]+ ?)+)", piece.strip()):
+        # targets, not the variables after them
+        if match := re.match(r"make ((?:[\w-]+(?![\w=-]) ?)+)", piece.strip()):
             found |= set(match.group(1).split("#")[0].split())
     return found
 

@@ -86,6 +86,8 @@ def test_peaks_of_the_passes():
     assert peaks["fwd"] >= one_hot * (8 + 8 + 4)
     assert peaks["fwd+bwd"] >= max(peaks["fwd"], peaks["bwd"])
     assert set(peaks) == set(C.PASSES)
+    # a clock on a GPU must record a graph of its own, on the stream that captures
+    assert runner._second is None
 
 
 def test_percentiles():
@@ -106,9 +108,23 @@ class Fake:
 
 def test_implementations_take_turns():
     log, ticks = [], []
-    found = harness.time_together({"a": Fake("a", log), "b": Fake("b", log)}, "first", 0.0, lambda: ticks.append(1))
-    assert log == ["a", "b"] * harness.ROUNDS == log and len(ticks) == 2 * harness.ROUNDS
+    clocks = {"a": Fake("a", log), "b": Fake("b", log)}
+    found, failed = harness.time_together(clocks, "first", 0.0, lambda: ticks.append(1))
+    assert not failed and log == ["a", "b"] * harness.ROUNDS == log and len(ticks) == 2 * harness.ROUNDS
     assert found == {"a": {"fwd": [0.5] * 3}, "b": {"fwd": [0.5] * 3}}
+
+
+def test_one_that_fails_ends_alone():
+    class Broken(Fake):
+        def first(self):
+            if len(self.log) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().first()
+
+    log = []
+    found, failed = harness.time_together({"a": Broken("a", log), "b": Fake("b", log)}, "first", 0.0, lambda: None)
+    assert list(found) == ["b"] and len(found["b"]["fwd"]) == harness.ROUNDS
+    assert str(failed["a"]) == "CUDA out of memory" and failed["a"].__traceback__ is None
 
 
 def records(cpu, released):
@@ -150,13 +166,18 @@ def test_pace_leaves_out_what_would_not_end(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(memory_ops.time, "monotonic", lambda: now[0])
     paper, small = case_of("memory_read", "paper"), case_of("memory_read", "small")
-    pace = memory_ops.Pace(100)
+    pace = memory_ops.Pace(100, "cpu")
     assert pace.fits(paper)
     pace.add(paper, 30)
     now[0] = 30
     assert pace.fits(paper) and not pace.fits(paper, 40)
     now[0] = 80
     assert not pace.fits(paper) and pace.fits(small)
+
+
+def test_on_a_gpu_a_large_case_takes_little_longer():
+    pace = memory_ops.Pace(100, "cuda")
+    assert pace.weight(case_of("memory_pass", "fill/two")) < 2 * pace.weight(case_of("memory_pass", "paper/two"))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +198,8 @@ def test_a_run(tmp_path, capfd):
     found = json.loads((tmp_path / "a.json").read_text())
     assert [(r["backend"], r["pass"]) for r in found] == [(b, p) for b in ("reference", "released") for p in C.PASSES]
     assert list(found[0])[: len(report.KEYS)] == list(report.KEYS)
-    assert {"device", "torch", "triton", "commit", "threads"} == set(found[0]) - set(report.KEYS)
+    about = {"device", "torch", "triton", "commit", "threads", "date", *RATES.facts()}
+    assert about == set(found[0]) - set(report.KEYS)
     assert len(list(csv.DictReader((tmp_path / "a.csv").open()))) == len(found)
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert "skipped: cpu: " in capfd.readouterr().out
@@ -210,7 +232,7 @@ def test_compiling_comes_last_where_time_is_limited(monkeypatch):
         return memory_ops.Outcome(measured)
 
     monkeypatch.setattr(memory_ops, "run_case", run_case)
-    words = "--op masked_average_pool --dtype float32 --backend released compiled --limit 50 --device cpu"
+    words = "--op masked_average_pool --dtype float32 --backend released compiled --limit 500 --device cpu"
     options = memory_ops.arguments(words.split())
     cases = [case_of("masked_average_pool", "paper"), case_of("masked_average_pool", "small")]
     session = memory_ops.Session(options, cases, [], RATES, {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,7 +129,7 @@ def test_a_run(tmp_path, capsys):
             record["peak_bytes"] > record["kept_bytes"] > 0 and record["repeats"] == 2 and record["compiled"] is False
         )
         assert set(record["split_s"]) == {"forward", *PHASES}
-        assert {"device", "torch", "commit", "threads"} <= set(record)
+        assert {"device", "torch", "commit", "threads", "compile_seconds", "graph_nodes"} <= set(record)
     assert (tmp_path / "a.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "gate: released is order 1" in printed and "FAILED" not in printed and "order1_bf16:" not in printed
@@ -173,6 +175,53 @@ def test_what_fails_is_named_and_the_rest_is_timed(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "order1_compiled         NOT AVAILABLE: " in printed and "steam" in printed
     assert any(line.startswith("order1  ") for line in printed.splitlines())
+
+
+def test_on_a_gpu_one_variant_after_the_other(monkeypatch, tmp_path, capsys):
+    """Each has the memory for itself; what there is no time for is said, and what was timed stays in the file."""
+    names = ["released", "order2_bf16_compiled", "order1"]
+    options = meta_step.arguments([*WORDS, "--json", str(tmp_path / "a.json")])
+    session = meta_step.Session(replace(SMALL, device=torch.device("cuda")), options, {"device": "H"})
+    seen = []
+
+    def prepare(variant):
+        session._ready[variant] = lambda clock: None
+        session._compiling[variant] = {}
+        session.measured[variant] = harness.Measured(peak_bytes={"step": 2, "kept": 1})
+
+    def measure(self, iterate, remainder):
+        seen.append([variant.name for variant in session._ready])
+        return {"step": 1.0, remainder: 1.0}
+
+    monkeypatch.setattr(session, "_prepare", prepare)
+    monkeypatch.setattr(session, "_is_late", lambda: len(seen) >= 4)
+    monkeypatch.setattr(meta_step, "release_memory", lambda device: None)
+    monkeypatch.setattr(Clock, "measure", measure)
+    session.run([VARIANTS[name] for name in names])
+    assert seen == [["released"]] * 2 + [["order2_bf16_compiled"]] * 2
+    session.finish()
+    assert "order1                  NOT MEASURED: 130 s were over" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [row["variant"] for row in rows] == names[:2] and not session.failed
+
+
+def test_what_a_row_tells_of_a_compiled_step():
+    step = meta.CompiledStep("inductor")
+    step.trace_seconds, step.compile_seconds, step.check_seconds, step.nodes = 1.0, 2.0, 4.0, 9
+    found = meta_step.compile_facts(SimpleNamespace(step=step))
+    assert found["compiled_by"] == "inductor" and found["compile_seconds"] == 7 and found["graph_nodes"] == 9
+    assert found["compile_split_s"] == {"trace": 1, "compile": 2, "check": 4}
+    plain = meta_step.compile_facts(SimpleNamespace(step=meta.step))
+    assert list(plain) == list(found) and set(plain.values()) == {None}
+
+
+def test_variants_choose_engine_and_search():
+    assert VARIANTS["order2_bf16_inductor"].engine == "inductor" and VARIANTS["order2_bf16_compiled"].engine is None
+    searched = Ours(VARIANTS["order2_bf16_searched"], SMALL)
+    seen = []
+    searched._iterate = lambda clock: seen.append(torch.backends.cudnn.benchmark)
+    searched(Clock(CPU))
+    assert seen == [True] and not torch.backends.cudnn.benchmark
 
 
 def test_presets_and_refusals(capsys):
