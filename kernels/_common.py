@@ -24,6 +24,8 @@ _PROGRAMS_INTERPRETED = 3
 
 # chunks of channels that are under way at once
 _STAGES = tl.constexpr(4)
+# two of them where there are more slots than these, whose rows would fill the shared memory
+_FEW_SLOTS = tl.constexpr(64)
 # below this squared norm a vector counts as zero
 _ZERO_SQUARED_NORM = tl.constexpr(1e-24)
 
@@ -229,11 +231,12 @@ def products(
     Maps are [B, C, P], rows [K, C]; one that is None counts as zeros.  All channels are visited, a chunk at a time: an
     operand of a product lies in registers as a whole, and the next chunks are on their way meanwhile.
     """
+    STAGES: tl.constexpr = _STAGES if o_k.shape[0] <= _FEW_SLOTS else 2
     b_squares, b_pairs = tl.zeros([at[1].shape[0], CHUNK], COMPUTE), tl.zeros([at[1].shape[0], CHUNK], COMPUTE)
     b_x_rows = tl.zeros([at[1].shape[0], o_k.shape[0]], COMPUTE)
     b_y_rows, b_x_more = tl.zeros_like(b_x_rows), tl.zeros_like(b_x_rows)
     if x is not None:
-        for i_c in tl.range(0, C, CHUNK, num_stages=_STAGES):
+        for i_c in tl.range(0, C, CHUNK, num_stages=STAGES):
             o_c = i_c + tl.arange(0, CHUNK)
             b_x = load_block(x, at, o_c, C, COMPUTE)
             b_squares += b_x * b_x

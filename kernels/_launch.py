@@ -33,6 +33,9 @@ _MOST_SLOTS = 32
 # kernels that add up over positions; a program holds the sums of as many channels as make so many elements
 _POOL, _POOL_SUMS = {"BLOCK_P": 32, "CHUNK": 32, "num_warps": 8, "num_stages": 3}, 8192
 _OUTER, _OUTER_SUMS = {"BLOCK_P": 64, "num_warps": 4, "num_stages": 3}, 2048
+# most elements of the factors of an outer product in shared memory; slots count for half as many again, since they are
+# turned there.  Two blocks of each of two pairs then fit the 99 KB that a program may have on small cards
+_FACTORS = 7168
 # a float64 product is written out and needs the smallest blocks
 _SMALLEST = 16
 # columns of a block of totals
@@ -93,7 +96,11 @@ def visit(kernel: Any, sizes: Sizes, *args: Any, capped: bool = False) -> None:
         capped: whether the compiler should keep to _REGISTERS, which it can without writing any to memory.
     """
     constants = _constants(sizes, _VISIT) | {"D": sizes.depth}
-    if capped and sizes.dtype == torch.float32 and sizes.slots <= _MOST_SLOTS:
+    if sizes.slots > _MOST_SLOTS:
+        # slots are spread over warps as soon as there are more of them than positions
+        constants["num_warps"] = min(8, constants["BLOCK_K"] // 32)
+        constants["BLOCK_P"] = max(_SMALLEST, min(_VISIT["BLOCK_P"], 4096 // constants["BLOCK_K"]))
+    elif capped and sizes.dtype == torch.float32:
         constants["maxnreg"] = _REGISTERS
     if blocks := _blocks(sizes, constants):
         kernel[blocks,](*args, sizes.grid, **constants)
@@ -129,6 +136,9 @@ def outer(sizes: Sizes, first: Pair, second: Pair, more: Pair) -> tuple[Tensor |
     """
     constants = _constants(sizes, _OUTER) | {"D": sizes.depth}
     block_c = _widest(sizes, _OUTER_SUMS, constants)
+    position = 3 * constants["BLOCK_K"] // 2 + block_c
+    while constants["BLOCK_P"] > _SMALLEST and constants["BLOCK_P"] * position > _FACTORS:
+        constants["BLOCK_P"] //= 2
     maps: list[Map | None] = []
     for pair in (first, second, more):
         maps += [None, None] if any(x is None for x in pair) else [as_map(x) for x in pair]

@@ -168,24 +168,24 @@ def _cell_sums(
 
 @triton.jit
 def backward_kernel(
-    grad_loss, grad_grad, logits, labels, count, grad_logits, slopes, geometry,
-    K: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad_loss, grad_grad, logits, labels, count, grad_logits, slopes, geometry, rows, columns,
+    K: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Gradient at ROWS x COLUMNS positions, gathered from all cells that end at them.
+    """Gradient at rows x columns positions, gathered from all cells that end at them.
 
     With ``grad_grad``: the gradient of that gradient, and in ``slopes`` the loss's slope along ``grad_grad``.
     """
     i_tile, i_column = tl.program_id(0), tl.program_id(1)
-    tiles = tl.cdiv(geometry.h, ROWS)
-    i_b, i_top, i_left = i_tile // tiles, (i_tile % tiles) * ROWS, i_column * COLUMNS
+    tiles = tl.cdiv(geometry.h, rows)
+    i_b, i_top, i_left = i_tile // tiles, (i_tile % tiles) * rows, i_column * columns
     o_k, o_j = tl.arange(0, BLOCK_K), i_left + tl.arange(0, BLOCK_J)
-    m_own = (o_k < K)[None, :] & ((o_j < geometry.w) & (o_j < i_left + COLUMNS))[:, None]
+    m_own = (o_k < K)[None, :] & ((o_j < geometry.w) & (o_j < i_left + columns))[:, None]
     b_scale = tl.load(grad_loss).to(COMPUTE) / tl.load(count)
     b_slope, b_carry = tl.zeros([BLOCK_X], COMPUTE), tl.zeros([BLOCK_J, BLOCK_K], COMPUTE)
     i_start = _first(geometry.columns, i_left - 1, geometry.width)
-    i_end = _first(geometry.columns, tl.minimum(i_left + COLUMNS, geometry.w), geometry.width)
-    for i_cell in tl.range(tl.maximum(i_top - 1, 0), tl.minimum(i_top + ROWS, geometry.h), disable_licm=True):
+    i_end = _first(geometry.columns, tl.minimum(i_left + columns, geometry.w), geometry.width)
+    for i_cell in tl.range(tl.maximum(i_top - 1, 0), tl.minimum(i_top + rows, geometry.h), disable_licm=True):
         b_upper, b_lower = b_carry, tl.zeros([BLOCK_J, BLOCK_K], COMPUTE)
         for i_x in tl.range(i_start, i_end, BLOCK_X):
             o_x = i_x + tl.arange(0, BLOCK_X)
@@ -271,10 +271,8 @@ def _gather(
     slopes = None if grad_grad is None else count.new_empty((grid[0] * grid[1],))
     backward_kernel[grid](
         *(grad_loss, grad_grad, as_map(logits), as_labels(labels, ignore_index), count, as_map(gradient), slopes),
-        *(geometry,),
+        *(geometry, rows, columns),
         **meta,
-        ROWS=rows,
-        COLUMNS=columns,
         BLOCK_J=max(16, triton.next_power_of_2(columns)),
     )
     return gradient, slopes

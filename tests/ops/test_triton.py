@@ -1,13 +1,12 @@
 """What is particular to the Triton backend; what all backends share is in test_matrix.py.
 
-Run as a program without ``TRITON_INTERPRET`` it compiles the kernels for a GPU, which needs none: the launchers run as
-they are, and each launch is compiled instead.
+Run as a program without ``TRITON_INTERPRET`` it compiles the kernels for a GPU, which needs none (bench/resources.py).
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import sys
 from typing import Any
@@ -21,7 +20,6 @@ from tests import repository
 from tests.ops.inputs import make_inputs
 from tests.tolerances import BACKWARD, EXACT, FORWARD, relative_error
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled where there is a GPU")
 
 
@@ -169,8 +167,16 @@ def test_a_wrong_label_is_named():
             ops.masked_average_pool(logits, labels, 3)
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
+# bytes of stack that kernels may use at the paper's size, all of it outside their inner loops: what the loss keeps
+# across the pixels of a row, and the double backward of a read and a pool of one tensor, which no training takes
+STACKS = {("upsample_cross_entropy paper/48", "bwd2"): 200, ("memory_pass paper/one", "bwd2"): 120}
+READ_AND_POOL = {"read_kernel", "pool_kernel", "backward_kernel", "double_backward_kernel", "outer_kernel"}
+COMPILED = READ_AND_POOL | {"total_kernel", "forward_kernel", "finish_kernel"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16", "float64"])
 def test_compiles_for_a_gpu(dtype):
+    """At the paper's size without a stack; in float64, and where sizes and strides are 1, at all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.ops.test_triton", dtype, "90"],
@@ -180,90 +186,50 @@ def test_compiles_for_a_gpu(dtype):
         text=True,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    compiled = re.findall(r"^(\w+): (\w+)", run.stdout, re.M)
-    kernels = {"forward_kernel", "backward_kernel", "double_backward_kernel", "finish_kernel", "merge_kernel"}
+    records = [json.loads(line) for line in run.stdout.splitlines()]
+    merging = {"merge_kernel", "grey_kernel", "change_kernel", "down_kernel", "across_kernel"}
+    assert {x["kernel"] for x in records} == (COMPILED if dtype == "float64" else COMPILED | merging)
+    over = [x for x in records if "paper" in x["call"] and x["stack"] > STACKS.get((x["call"], x["pass"]), 0)]
+    assert not over, over
+
+
+def compile_all(dtype: str, arch: int) -> None:
+    """Compile all kernels and print a record of each launch, a line each."""
+    from bench import cases, resources
+
+    if dtype == "float64":
+        for size in ({"channels": 64, "classes": 19, "size": (8, 8), "label_size": (16, 16)},):
+            compile_cases(("pool-raw", "read-values", "pass-one-seed", "loss"), arch, dtype=torch.float64, **size)
+        return
+    wanted = (
+        "masked_average_pool paper",
+        "memory_read paper",
+        "upsample_cross_entropy paper/48",
+        "memory_pass paper/one",
+    )
+    paper = [case for case in cases.all_cases() if f"{case.op} {case.size}" in wanted and case.dtype == dtype]
+    for record in resources.triton_records(arch, paper):
+        print(json.dumps(record))
     if dtype == "float32":
-        kernels |= {"grey_kernel", "change_kernel", "down_kernel", "across_kernel"}
-    assert {name for _, name in compiled} == kernels and len(compiled) == (25 if dtype == "float32" else 10), run.stdout
+        # sizes and strides of 1 are compiled as constants, of which a tuple within a tuple forgets the value
+        one = {"batch": 1, "channels": 1, "classes": 1, "size": (1, 1), "label_size": (1, 1)}
+        for size in (one, {"size": (2, 5)}, {"label_size": (2, 3)}):
+            compile_cases(("pass-one", "loss", "loss-corners"), arch, dtype=torch.float32, **size)
 
 
-def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], capability: int) -> str:
-    """Compile what a launch with these arguments would compile; its registers' line."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile, make_backend
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.jit import create_function_from_signature
+def compile_cases(names: tuple[str, ...], arch: int, **sizes: Any) -> None:
+    """The same for cases of tests.ops.matrix."""
+    from bench import resources
+    from tests.ops import matrix
 
-    if isinstance(kernel, Autotuner):
-        # the first of the configurations: the others differ in warps and stages alone
-        options, kernel = {**options, **kernel.configs[0].all_kwargs()}, kernel.fn
-    target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"debug": False, "instrumentation_mode": "", **options}
-    bound, specialization, rest = binder(*arguments, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
-    compiled = compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
-    assert compiled.asm["cubin"]
-    return f"{kernel.__name__} {compiled.metadata.shared} bytes shared"
-
-
-def compile_all(dtype: torch.dtype, capability: int) -> None:
-    """Compile the kernels of every operator at a small size with 64 channels and 19 classes."""
-    from pmm_fast.kernels import (
-        masked_average_pool,
-        memory_pass,
-        memory_read,
-        merge_tiles,
-        photometric,
-        upsample_cross_entropy,
-    )
-    from triton.runtime.jit import KernelInterface
-
-    name = ""
-    KernelInterface.__getitem__ = lambda kernel, grid: (
-        lambda *arguments, **options: print(f"{name}: {compile_launch(kernel, arguments, options, capability)}")
-    )
-    f, labels = torch.empty(1, 64, 8, 8, dtype=dtype), torch.zeros(1, 16, 16, dtype=torch.uint8)
-    compute = ops.compute_dtype(dtype)
-    m, e, one = (torch.empty(shape, dtype=compute) for shape in ((19, 64), (1, 19, 8, 8), ()))
-    x, seed = torch.empty(1, 19, 8, 8, dtype=dtype), torch.tensor([1])
-    five = [True, False, True, True, True]
-    name = "pass"
-    memory_pass.forward(f, f, labels, m, m, seed, 1.0, 255)
-    memory_pass.backward(f, e, m, f, None, labels, m, m, e, 1.0, 255, five)
-    memory_pass.double_backward(
-        f, None, m, m, e, f, e, m, f, None, labels, m, m, e, 1.0, 255, [True, True, True, *five]
-    )
-    name = "read"
-    memory_read.forward(f, m, m, e, 1.0)
-    memory_read.backward(None, e, f, m, m, seed, 1.0, [True, False, False, False])
-    name = "pool"
-    masked_average_pool.backward(m, f, labels, 255, False)
-    if dtype == torch.float32:
-        masked_average_pool.forward(f, labels, 19, 255, True)
-        masked_average_pool.backward(m, f, labels, 255, True)
-        masked_average_pool.double_backward(f, m, f, labels, 255, True)
-    name = "loss"
-    upsample_cross_entropy.forward(x, labels, 255, True)
-    if dtype == torch.float32:
-        upsample_cross_entropy.backward(one, x, labels, one, 255, True)
-    upsample_cross_entropy.double_backward(x, one, x, labels, one, 255, False)
-    name = "merge"
-    none, level, sure = torch.empty(0), torch.empty(16, 16, dtype=torch.uint8), torch.empty(16, 16)
-    merge_tiles.forward(x.expand(2, -1, -1, -1), torch.zeros(2, 2, dtype=int), (16, 9), (16, 16), none, level, sure)
-    if dtype == torch.float32:
-        # a size, a tile and a stride of one are compiled as constants
-        pixel = torch.zeros(2, 1, dtype=int)
-        merge_tiles.forward(x, pixel, (1, 1), (1, 1), none, level, none)
-        merge_tiles.forward(x[:, :1], pixel, (1, 9), (1, 9), torch.empty(1, 1, 9), none, none)
-        name = "photometric"
-        looks = torch.zeros(2, 9)
-        # a size of one is compiled as a constant
-        for side, radius, contrast in ((8, 5, True), (8, 0, False), (1, 5, True)):
-            images = torch.empty(2, 3, side, side, dtype=torch.uint8)
-            photometric.forward(images, looks, (1.0,) * 3, (0.0,) * 3, radius, contrast, torch.empty(images.shape))
+    with resources.compiling(arch) as launches:
+        for name in names:
+            case, arguments = matrix.CASES[name], matrix.make(matrix.CASES[name], **sizes)
+            with ops.use_backend("triton"):
+                matrix.orders(case, arguments, *matrix.directions(case, arguments))
+        for launch in launches:
+            print(json.dumps({"call": "small", "pass": "", **resources.record_of(launch, arch)}))
 
 
 if __name__ == "__main__":
-    compile_all(DTYPES[sys.argv[1]], int(sys.argv[2]))
+    compile_all(sys.argv[1], int(sys.argv[2]))
