@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import itertools
 import re
 import subprocess
 import sys
@@ -28,7 +28,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import cases as C
+from bench import report
 from pmm_fast import ops
+from pmm_fast.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 Record = dict[str, Any]
@@ -59,7 +61,8 @@ CHIPS = {
     89: Chip(100 * 1024, 99 * 1024, 1536, 24, 142),
     90: Chip(228 * 1024, 227 * 1024, 2048, 32, 132),
 }
-_REGISTERS = 64 * 1024
+# of a quarter of a multiprocessor
+_REGISTERS = 16 * 1024
 
 
 class Launch(NamedTuple):
@@ -122,8 +125,6 @@ def compiling(arch: int) -> Iterator[list[Launch]]:
     from pmm_fast.kernels import _common
     from triton.runtime.driver import driver
 
-    from pmm_fast.ops import backends
-
     if backends.interpreted():
         raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted and not compiled")
     driver_stub = _Driver(arch)
@@ -149,16 +150,20 @@ def _cuobjdump(file: str | Path, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _usage(report: str) -> list[tuple[str, dict[str, int]]]:
+def _usage(text: str) -> list[tuple[str, dict[str, int]]]:
     """Names of kernels, and what each needs: REG a thread, STACK, SHARED in bytes."""
-    found = re.findall(r"Function (\S+):\s+(REG:.*)", report)
+    found = re.findall(r"Function (\S+):\s+(REG:.*)", text)
     return [(name, {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}) for name, line in found]
 
 
 def resident(chip: Chip, registers: int, shared: int, threads: int) -> int:
-    """How many programs fit a multiprocessor: registers come in eights a thread, and each program takes 1 KB more."""
-    by_registers = _REGISTERS // (threads * -(-registers // 8) * 8)
-    return min(by_registers, chip.shared // (shared + 1024), chip.threads // threads, chip.programs)
+    """How many programs fit a multiprocessor, by NVIDIA's cuda_occupancy.h.
+
+    Registers come in eights a thread, and each quarter of a multiprocessor has its own; a program takes 1 KB more of
+    shared memory than it asks for.
+    """
+    warps = 4 * (_REGISTERS // (32 * -(-registers // 8) * 8))
+    return min(warps // (threads // 32), chip.shared // (shared + 1024), chip.threads // threads, chip.programs)
 
 
 def record_of(launch: Launch, arch: int) -> Record:
@@ -227,15 +232,13 @@ def triton_records(arch: int, cases: list[C.Case]) -> Iterator[Record]:
 
 
 def cuda_records(arch: int) -> Iterator[Record]:
-    """A record for every kernel of the built C++ module; none where it is not built."""
+    """A record for every kernel that the built C++ module has for an architecture; none where it is not built."""
     for file in sorted((ROOT / "pmm_fast").glob("_CUDA*.so")):
-        usage = _usage(_cuobjdump(file, "-arch", f"sm_{arch}"))
-        names = subprocess.run(
-            ["c++filt"], input="\n".join(name for name, _ in usage), capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        for name, (_, needs) in zip(names, usage, strict=True):
-            found: Record = {"backend": "cuda", "kernel": re.sub(r"^void |pmm::|\(.*", "", name)}
-            found |= {"registers": needs["REG"], "stack": needs["STACK"], "shared": needs["SHARED"]}
+        for name, needs in _usage(_cuobjdump(file, "-arch", f"sm_{arch}")):
+            # the name without its parameters
+            plain = re.sub(r"^void |pmm::|\(.*", "", torch._C._demangle(name))
+            found: Record = {"backend": "cuda", "kernel": plain, "registers": needs["REG"]}
+            found |= {"stack": needs["STACK"], "shared": needs["SHARED"]}
             yield {key: found.get(key, "") for key in COLUMNS}
 
 
@@ -244,20 +247,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arch", type=int, default=90, choices=list(CHIPS), help="compute capability [90]")
     parser.add_argument("--size", default="paper", help="which cases of bench/memory_ops.py [paper]")
     parser.add_argument("--dtype", nargs="+", choices=list(C.DTYPES), default=list(C.DTYPES), help="[all]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here, as a list")
+    parser.add_argument("--json", metavar="FILE", help="write the records here, as a list; kept up to date")
     options = parser.parse_args(argv)
     cases = [x for x in C.all_cases() if x.size.split("/")[0] == options.size and x.dtype in options.dtype]
     if not cases:
         parser.error(f"--size {options.size}: there is no such case in bench/memory_ops.py")
+    if backends.interpreted():
+        parser.error("TRITON_INTERPRET is set, so that there is nothing to compile")
     form = "{:<8}{:<33}{:<8}{:<5}{:<44} {:>9}{:>6}{:>7}{:>8}{:>9}{:>9}{:>6}{:>8}"
     print(form.format(*COLUMNS))
-    records = []
-    for record in (*triton_records(options.arch, cases), *cuda_records(options.arch)):
+    records: list[Record] = []
+    for record in itertools.chain(triton_records(options.arch, cases), cuda_records(options.arch)):
         print(form.format(*record.values()), flush=True)
         records.append(record)
+        if options.json:
+            report.write_json(options.json, records)
     print(LEGEND)
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ from torch import Tensor
 # kernels that visit each position by itself.  Triton lays a product of three tf32 passes out with sixteen positions a
 # warp: two warps have 32, and further ones would do the same work again.  Wider chunks do not fit into the registers
 _VISIT = {"BLOCK_P": 32, "CHUNK": 16, "num_warps": 2, "num_stages": 1}
-# registers a thread with which five programs fit a multiprocessor: the paper's maps have 4.4 blocks for each of 132
-_REGISTERS = 200
-# the most slots with which what a program holds fits those
+# the most slots that two warps take
 _MOST_SLOTS = 32
 # kernels that add up over positions; a program holds the sums of as many channels as make so many elements
 _POOL, _POOL_SUMS = {"BLOCK_P": 32, "CHUNK": 32, "num_warps": 8, "num_stages": 3}, 8192
@@ -89,19 +87,13 @@ def _widest(sizes: Sizes, elements: int, constants: dict[str, Any]) -> int:
     return _SMALLEST if sizes.dtype == torch.float64 else max(_SMALLEST, elements // constants["BLOCK_K"])
 
 
-def visit(kernel: Any, sizes: Sizes, *args: Any, capped: bool = False) -> None:
-    """Run a kernel that visits each position by itself, unless there is none.
-
-    Args:
-        capped: whether the compiler should keep to _REGISTERS, which it can without writing any to memory.
-    """
+def visit(kernel: Any, sizes: Sizes, *args: Any) -> None:
+    """Run a kernel that visits each position by itself, unless there is none."""
     constants = _constants(sizes, _VISIT) | {"D": sizes.depth}
     if sizes.slots > _MOST_SLOTS:
         # slots are spread over warps as soon as there are more of them than positions
         constants["num_warps"] = min(8, constants["BLOCK_K"] // 32)
         constants["BLOCK_P"] = max(_SMALLEST, min(_VISIT["BLOCK_P"], 4096 // constants["BLOCK_K"]))
-    elif capped and sizes.dtype == torch.float32:
-        constants["maxnreg"] = _REGISTERS
     if blocks := _blocks(sizes, constants):
         kernel[blocks,](*args, sizes.grid, **constants)
 

@@ -26,7 +26,7 @@ def backward(grad_sums: Tensor, features: Tensor, labels: Tensor, ignore_index: 
     grad_features = empty_map(features, features.shape[1])
     read = as_map(features) if normalize else None
     incoming = (None, None, grad_sums.contiguous(), read, as_labels(labels, ignore_index))
-    visit(backward_kernel, sizes, *incoming, None, None, None, as_map(grad_features), None, None, None, capped=True)
+    visit(backward_kernel, sizes, *incoming, None, None, None, as_map(grad_features), None, None, None)
     return grad_features
 
 

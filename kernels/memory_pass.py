@@ -165,7 +165,7 @@ def one_double_backward(
     saved = (as_map(grad_read), as_map(grad_scores), None if grad_sums is None else grad_sums.contiguous())
     inputs = (as_map(features), as_labels(labels, ignore_index), *as_memory(keys, values, noise, temperature))
     outputs = (read_map, scores_map, features_map, noise_map, *map(as_map, (keys_a, keys_f, values_g, sums_a, sums_f)))
-    visit(double_backward_kernel, sizes, *incoming, *saved, *inputs, *outputs, capped=labels is None)
+    visit(double_backward_kernel, sizes, *incoming, *saved, *inputs, *outputs)
     for_sums, _ = outer(sizes, (sums_a, a), (sums_f, features), (None, None))
     for_keys, for_values = outer(sizes, (keys_a, a), (keys_f, features), (values_g, grad_read))
     for_sums = _sum_or_zeros(mask[2], for_sums, keys)

@@ -134,20 +134,18 @@ def test_compiles_for_a_gpu() -> None:
     assert run.stdout.split().count("compiled") == 3, run.stdout
 
 
-def compile_all(capability: int) -> None:
+def compile_all(arch: int) -> None:
     """Compile what a launch with channels last in bf16 would."""
     from pmm_fast.kernels import batch_norm
-    from triton.runtime.jit import KernelInterface
 
-    from tests.ops.test_triton import compile_launch
+    from bench import resources
 
-    def launch(kernel: Any, grid: Any) -> Any:
-        return lambda *values, **options: print("compiled", compile_launch(kernel, values, options, capability))
-
-    KernelInterface.__getitem__ = launch  # type: ignore[method-assign]
     vector = torch.empty(64)
     x = torch.empty(2, 64, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
-    batch_norm.double_backward(x, vector, vector, x, x, *[vector] * 5)
+    with resources.compiling(arch) as launches:
+        batch_norm.double_backward(x, vector, vector, x, x, *[vector] * 5)
+    for launch in launches:
+        print("compiled", launch.name)
 
 
 if __name__ == "__main__":

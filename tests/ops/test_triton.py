@@ -167,19 +167,26 @@ def test_a_wrong_label_is_named():
             ops.masked_average_pool(logits, labels, 3)
 
 
-# bytes of stack that kernels may use at the paper's size, all of it outside their inner loops: what the loss keeps
-# across the pixels of a row, and the double backward of a read and a pool of one tensor, which no training takes
+# what is compiled at the paper's size, where no kernel may have a stack
+PAPER = {
+    "float32": ("masked_average_pool paper", "memory_read paper", "upsample_cross_entropy paper/48"),
+    "bf16": ("memory_read paper", "memory_pass paper/one"),
+}
+# but for these bytes, touched outside the inner loops: what the loss keeps across the pixels of a row, and the double
+# backward of a read and a pool of one tensor, which no training takes
 STACKS = {("upsample_cross_entropy paper/48", "bwd2"): 200, ("memory_pass paper/one", "bwd2"): 120}
-READ_AND_POOL = {"read_kernel", "pool_kernel", "backward_kernel", "double_backward_kernel", "outer_kernel"}
-COMPILED = READ_AND_POOL | {"total_kernel", "forward_kernel", "finish_kernel"}
+KERNELS = {
+    *("read_kernel", "pool_kernel", "backward_kernel", "double_backward_kernel", "outer_kernel", "total_kernel"),
+    *("forward_kernel", "finish_kernel", "merge_kernel", "grey_kernel", "change_kernel", "down_kernel"),
+    "across_kernel",
+}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16", "float64"])
-def test_compiles_for_a_gpu(dtype):
+def test_compiles_for_a_gpu():
     """At the paper's size without a stack; in float64, and where sizes and strides are 1, at all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.ops.test_triton", dtype, "90"],
+        [sys.executable, "-m", "tests.ops.test_triton", "90"],
         cwd=repository.ROOT,
         env=environment,
         capture_output=True,
@@ -187,49 +194,31 @@ def test_compiles_for_a_gpu(dtype):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     records = [json.loads(line) for line in run.stdout.splitlines()]
-    merging = {"merge_kernel", "grey_kernel", "change_kernel", "down_kernel", "across_kernel"}
-    assert {x["kernel"] for x in records} == (COMPILED if dtype == "float64" else COMPILED | merging)
-    over = [x for x in records if "paper" in x["call"] and x["stack"] > STACKS.get((x["call"], x["pass"]), 0)]
+    assert {x["kernel"] for x in records} == KERNELS
+    paper = [x for x in records if "paper" in x["call"]]
+    assert {(x["dtype"], x["call"]) for x in paper} == {(dtype, call) for dtype in PAPER for call in PAPER[dtype]}
+    over = [x for x in paper if x["stack"] > STACKS.get((x["call"], x["pass"]), 0)]
     assert not over, over
 
 
-def compile_all(dtype: str, arch: int) -> None:
+def compile_all(arch: int) -> None:
     """Compile all kernels and print a record of each launch, a line each."""
     from bench import cases, resources
-
-    if dtype == "float64":
-        for size in ({"channels": 64, "classes": 19, "size": (8, 8), "label_size": (16, 16)},):
-            compile_cases(("pool-raw", "read-values", "pass-one-seed", "loss"), arch, dtype=torch.float64, **size)
-        return
-    wanted = (
-        "masked_average_pool paper",
-        "memory_read paper",
-        "upsample_cross_entropy paper/48",
-        "memory_pass paper/one",
-    )
-    paper = [case for case in cases.all_cases() if f"{case.op} {case.size}" in wanted and case.dtype == dtype]
-    for record in resources.triton_records(arch, paper):
-        print(json.dumps(record))
-    if dtype == "float32":
-        # sizes and strides of 1 are compiled as constants, of which a tuple within a tuple forgets the value
-        one = {"batch": 1, "channels": 1, "classes": 1, "size": (1, 1), "label_size": (1, 1)}
-        for size in (one, {"size": (2, 5)}, {"label_size": (2, 3)}):
-            compile_cases(("pass-one", "loss", "loss-corners"), arch, dtype=torch.float32, **size)
-
-
-def compile_cases(names: tuple[str, ...], arch: int, **sizes: Any) -> None:
-    """The same for cases of tests.ops.matrix."""
-    from bench import resources
     from tests.ops import matrix
 
-    with resources.compiling(arch) as launches:
-        for name in names:
-            case, arguments = matrix.CASES[name], matrix.make(matrix.CASES[name], **sizes)
-            with ops.use_backend("triton"):
-                matrix.orders(case, arguments, *matrix.directions(case, arguments))
+    sizes = [case for case in cases.all_cases() if f"{case.op} {case.size}" in PAPER[case.dtype]]
+    for record in resources.triton_records(arch, sizes):
+        print(json.dumps(record))
+    # sizes and strides of 1 are compiled as constants, and a tuple within a tuple forgets what they were
+    one = {"batch": 1, "channels": 1, "classes": 1, "size": (1, 1), "label_size": (1, 1), "dtype": torch.float32}
+    two = {"size": (2, 5), "label_size": (2, 7), "dtype": torch.float32}
+    with resources.compiling(arch) as launches, ops.use_backend("triton"):
+        for name, size in {"pool": one, "loss": two, "pass-one-seed": {"dtype": torch.float64}}.items():
+            case, arguments = matrix.CASES[name], matrix.make(matrix.CASES[name], **size)
+            matrix.orders(case, arguments, *matrix.directions(case, arguments))
         for launch in launches:
             print(json.dumps({"call": "small", "pass": "", **resources.record_of(launch, arch)}))
 
 
 if __name__ == "__main__":
-    compile_all(sys.argv[1], int(sys.argv[2]))
+    compile_all(int(sys.argv[1]))
